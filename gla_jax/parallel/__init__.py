@@ -1,0 +1,1 @@
+"""Device meshes and the rules that lay arrays out on them."""
