@@ -1,0 +1,51 @@
+"""The definition: the recurrence of Gated Linear Attention, token by token. Every other implementation is tested against it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def step(query, key, value, log_decay, state, *, scale):
+    """Advance the state by one token and read it: the paper's equation 3, `S = Diag(exp(g)) S + k v^T`, `o = scale S^T q`.
+
+    Args:
+        query, key, log_decay: [..., K] float32.
+        value: [..., V] float32.
+        state: [..., K, V] float32.
+        scale: float.
+
+    Returns:
+        The output [..., V] and the new state, both float32.
+    """
+    state = jnp.exp(log_decay)[..., :, None] * state + key[..., :, None] * value[..., None, :]
+    return scale * jnp.sum(query[..., :, None] * state, axis=-2), state
+
+
+def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chunk_size, interpret):
+    """Return None: the definition serves every call."""
+    return None
+
+
+def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+    """Compute the op by `lax.scan` over tokens; the contract is in `api.py`, `chunk_size` and `interpret` do not matter here."""
+    batch, time, heads, key_dim = query.shape
+    per_head = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
+    decay_shape = (batch, time, heads, key_dim)
+    q, k, v = (per_head(x).astype(jnp.float32) for x in (query, key, value))
+    g = (
+        jnp.zeros_like(k)
+        if log_decay is None
+        else jnp.broadcast_to(per_head(log_decay), decay_shape).astype(jnp.float32)
+    )
+    if segment_ids is not None:
+        starts = jnp.zeros_like(segment_ids, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
+    state = initial_state
+    if state is None:
+        state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :])
+
+    def body(state, token):
+        out, state = step(*token, state, scale=scale)
+        return state, out
+
+    state, out = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))
+    return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
