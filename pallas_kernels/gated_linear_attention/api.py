@@ -15,7 +15,6 @@ import importlib
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +191,8 @@ def _names(implementation):
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(
-            f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, or a sequence of them."
+            f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, "
+            "or a sequence of them."
         )
     return names
 
@@ -260,7 +260,7 @@ def _checked_log_decay(log_decay, shape, heads):
     """Return log_decay in rank 4; `shape` is what it must broadcast to, or the same with the heads of the query."""
     if not isinstance(log_decay, jax.core.Tracer) and np.any(np.asarray(log_decay) > 0):
         raise ValueError(
-            f"log_decay reaches {np.max(np.asarray(log_decay))}; it must be at most 0, as exp(log_decay) is a forget gate."
+            f"log_decay reaches {np.max(np.asarray(log_decay))}; it must be at most 0, for exp(log_decay) to be a gate."
         )
     log_decay = jnp.asarray(log_decay)
     _check_float("log_decay", log_decay)

@@ -1,11 +1,11 @@
-"""The definition: the recurrence of Gated Linear Attention, token by token. Every other implementation is tested against it."""
+"""The definition: the recurrence of Gated Linear Attention, token by token. All else is the same thing, faster."""
 
 import jax
 import jax.numpy as jnp
 
 
 def step(query, key, value, log_decay, state, *, scale):
-    """Advance the state by one token and read it: the paper's equation 3, `S = Diag(exp(g)) S + k v^T`, `o = scale S^T q`.
+    """Advance the state by one token and read it: `S = Diag(exp(g)) S + k v^T`, `o = scale S^T q` (equation 3).
 
     Args:
         query, key, log_decay: [..., K] float32.
@@ -26,7 +26,7 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
 
 
 def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
-    """Compute the op by `lax.scan` over tokens; the contract is in `api.py`, `chunk_size` and `interpret` do not matter here."""
+    """Compute the op by `lax.scan` over tokens; see `api.py`. `chunk_size` and `interpret` do not matter here."""
     batch, time, heads, key_dim = query.shape
     per_head = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
     decay_shape = (batch, time, heads, key_dim)
