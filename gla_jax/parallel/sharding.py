@@ -5,37 +5,52 @@ mesh. This module alone knows which mesh axis serves which name. Outside a mesh 
 here is the identity, so the same layer runs anywhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 Axes = Sequence[str | None]
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
-    "time": "sequence",
-    "hidden": None,
+    "time": ("sequence",),
+    "hidden": (),
     # activations and parameters
-    "heads": "tensor",  # anything laid out head by head, split into heads or not
-    "mlp": "tensor",
-    "vocab": "tensor",
+    "heads": ("tensor",),  # anything laid out head by head, split into heads or not
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
     # parameters
-    "embed": "fsdp",  # the model dimension of a weight: gathered where it is used
-    "layers": None,
+    "embed": ("fsdp",),  # the model dimension of a weight: gathered where it is used
+    "layers": (),
 }
 
 
-def spec(*axes: str | None) -> PartitionSpec:
-    """Return the PartitionSpec of an array whose dimensions carry these logical names (None: not sharded)."""
-    return PartitionSpec(*(None if name is None else RULES[name] for name in axes))
-
-
 def in_mesh() -> bool:
-    """Say whether a mesh has been set (`jax.set_mesh`)."""
-    return not jax.sharding.get_abstract_mesh().empty
+    """Say whether a mesh has been set (`jax.set_mesh`) whose axes are explicit, as all code here wants them."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
+def mesh_axes(*names: str | None) -> tuple[str, ...]:
+    """Return the axes of the current mesh that serve these logical names; those that the mesh lacks are left out."""
+    present = jax.sharding.get_abstract_mesh().axis_names if in_mesh() else ()
+    return tuple(axis for name in names if name is not None for axis in RULES[name] if axis in present)
+
+
+def axis_size(name: str) -> int:
+    """Return the number of parts that the current mesh cuts a logical axis into; 1 outside a mesh."""
+    size = 1
+    for axis in mesh_axes(name):
+        size *= jax.sharding.get_abstract_mesh().shape[axis]
+    return size
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Return the PartitionSpec, on the current mesh, of an array whose dimensions have these logical names."""
+    return PartitionSpec(*(mesh_axes(name) or None for name in axes))
 
 
 def out_sharding(*axes: str | None) -> PartitionSpec | None:
@@ -43,20 +58,31 @@ def out_sharding(*axes: str | None) -> PartitionSpec | None:
     return spec(*axes) if in_mesh() else None
 
 
+def named_sharding(*axes: str | None) -> NamedSharding | None:
+    """Return `spec(*axes)` bound to the devices of the current mesh, for arrays that are yet to be made; else None."""
+    return NamedSharding(jax.sharding.get_mesh(), spec(*axes)) if in_mesh() else None
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lay `x` out by its logical axes; the identity outside a mesh."""
     return jax.sharding.reshard(x, spec(*axes)) if in_mesh() else x
 
 
-def per_shard(function: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: Any) -> Callable[..., Any]:
+def zeros(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.Array:
+    """Make zeros that are laid out by their logical axes."""
+    return jnp.zeros(shape, dtype, out_sharding=out_sharding(*axes)) if in_mesh() else jnp.zeros(shape, dtype)
+
+
+def per_shard(function: Callable[..., Any], in_axes: Sequence[Axes], out_axes: Any) -> Callable[..., Any]:
     """Run `function` on each device's own part of its arguments (`jax.shard_map`); as it is outside a mesh.
 
-    The function sees local shapes and needs no knowledge of the mesh, which is how kernels are called.
+    The function sees local shapes and needs no knowledge of the mesh, which is how kernels are called. What it returns
+    must be the same on all devices that `out_axes` does not tell apart.
 
     Args:
-        function: takes positional arrays.
-        in_axes: for each argument its logical axes; None for an argument that is None.
-        out_axes: a pytree of logical axes, the shape of the result; each leaf a tuple of names.
+        function: takes positional arrays, any of which may be None.
+        in_axes: for each argument the logical names of its dimensions.
+        out_axes: a pytree of tuples of names, the shape of the result.
     """
     if not in_mesh():
         return function
@@ -64,14 +90,49 @@ def per_shard(function: Callable[..., Any], in_axes: Sequence[Axes | None], out_
     out_specs = jax.tree.map(lambda axes: spec(*axes), out_axes, is_leaf=is_axes)
 
     def call(*arguments: Any) -> Any:
-        laid_out = [x if x is None else shard(x, *axes) for x, axes in zip(arguments, in_axes, strict=True) if axes]
-        holes = [axes is None for axes in in_axes]
+        pairs = list(zip(arguments, in_axes, strict=True))
+        present = [(x, axes) for x, axes in pairs if x is not None]
 
-        def local(*present: Any) -> Any:
-            remaining = iter(present)
-            return function(*(None if hole else next(remaining) for hole in holes))
+        def local(*parts: Any) -> Any:
+            remaining = iter(parts)
+            return function(*(None if x is None else next(remaining) for x in arguments))
 
-        in_specs = tuple(spec(*axes) for axes in in_axes if axes is not None)
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(*laid_out)
+        # Kernels cannot say which mesh axes their results vary over, hence check_vma=False.
+        in_specs = tuple(spec(*axes) for _, axes in present)
+        mapped = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*(shard(x, *axes) for x, axes in present))
 
     return call
+
+
+def sum_shards(x: jax.Array, *names: str, scatter: Mapping[int, str] | None = None) -> jax.Array:
+    """Add up the parts that devices hold of a sum over these logical axes; to be called inside `per_shard`.
+
+    Args:
+        x: this device's summand.
+        names: logical axes that were summed over locally.
+        scatter: {dimension: name} of the dimensions of the result that are to be left sharded.
+    """
+    scatter = scatter or {}
+    kept = {axis: dimension for dimension, name in scatter.items() for axis in _manual_axes(name)}
+    summed = tuple(axis for axis in _manual_axes(*names) if axis not in kept)
+    for axis, dimension in kept.items():
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(x, summed) if summed else x
+
+
+def max_shards(x: jax.Array, *names: str) -> jax.Array:
+    """Take the largest over devices along these logical axes; to be called inside `per_shard`."""
+    axes = _manual_axes(*names)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def shard_index(name: str) -> jax.Array | int:
+    """Return which part of a logical axis this device holds; to be called inside `per_shard`."""
+    axes = _manual_axes(name)
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def _manual_axes(*names: str) -> tuple[str, ...]:
+    present = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for name in names for axis in RULES[name] if axis in present)
