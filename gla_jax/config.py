@@ -1,12 +1,29 @@
 """The configuration: frozen dataclasses that the rest of the code is typed by, built and checked once.
 
-A config file (`configs/*.py`) starts from `default_config()`, a locked `ml_collections.ConfigDict` with every field, and
-sets values; flags override them; `build` checks the result and freezes it into a `Config`. Nothing downstream sees a
-ConfigDict, and nothing downstream repeats a check.
+A config file (`configs/*.py`) starts from `default_config()`, a locked `ml_collections.ConfigDict` with every field,
+and sets values; flags override them; `build` checks the result and freezes it into a `Config`. Nothing downstream sees
+a ConfigDict, and nothing downstream repeats a check.
 """
 
+import ast
+import contextlib
 import dataclasses
+import difflib
+import inspect
+import itertools
+import math
+import re
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
+
+MixerOptions = dict[str, Any]
 
 
 class ConfigError(ValueError):
@@ -33,7 +50,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     remat: str = "none"
     """What the backward pass recomputes: "none", "full" (whole layers), or "dots" (all but matrix products)."""
-    mixers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixers: MixerOptions = dataclasses.field(default_factory=dict)
     """Options of each mixer by its name, e.g. `model.mixers.gla.expand_k`; the fields are the layer's own."""
 
 
@@ -41,10 +58,10 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from and how they are cut into rows."""
 
-    corpus: str | None = "kjv"
-    """"kjv", "stdlib", or "synthetic"; None when `path` is given."""
+    corpus: str = "kjv"
+    """"kjv", "stdlib", or "synthetic"; not read when `path` is given."""
     path: str | None = None
-    """A token file or folder made by `python -m gla_jax.data.prepare`, or several as "a.tokens:0.7,b.tokens:0.3"."""
+    """A token file or folder made by `python -m gla_jax.data.prepare`, or several, or corpora, as "mine:0.7,kjv:0.3"."""
     tokenizer: str = "bytes"
     """"bytes", a Hugging Face tokenizer.json, or a SentencePiece .model file."""
     sequence_length: int = 256
@@ -52,9 +69,9 @@ class DataConfig:
     batch_size: int = 16
     """Rows in a step, all hosts together."""
     held_out: float = 0.05
-    """Share of a corpus, at its end and in whole documents, kept for evaluation."""
+    """Share of the tokens, in whole documents at the end of each corpus, kept for evaluation."""
     prefetch: int = 4
-    """Batches made ahead of the step by background threads."""
+    """Batches made ahead of the step by background threads; 0: none, and no threads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +128,7 @@ class EvalConfig:
     """When the held-out part is scored."""
 
     every: int = 500
+    """Steps between evaluations; there is one after the last step as well. 0: never."""
     batches: int = 8
     """Batches per evaluation during training; 0: the whole held-out part."""
 
@@ -120,6 +138,7 @@ class LogConfig:
     """What is written while training."""
 
     every: int = 10
+    """Steps between lines; the first and the last step have one as well."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project as well (extra `wandb`)."""
 
@@ -169,3 +188,295 @@ class Config:
     dtype: DtypeConfig = DtypeConfig()
     init_from: str | None = None
     """A workdir whose parameters a new run starts from; a checkpoint in the run's own workdir wins."""
+
+
+# From a config file, flags or config.json to a checked Config -------------------------------------------------------
+
+
+def default_config() -> ConfigDict:
+    """Return every field with its default, locked: what a config file starts from.
+
+    A field takes a value of any type here: `build` checks them all, in one place.
+    """
+    return ConfigDict(as_dict(_defaults()), type_safe=False).lock()
+
+
+def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Run a config file, override fields, and build the result.
+
+    Args:
+        path: a Python file with a function `get_config() -> ConfigDict`; "file.py:text" calls `get_config("text")`.
+        overrides: values as they are typed on a command line, by dotted name: {"model.hidden_size": "512"}.
+
+    Raises:
+        ConfigError: no such file or field, or a value that `build` refuses.
+    """
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise ConfigError(f"--config={file}: there is no such file; the folder configs/ has some.")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"--config={file} has no function get_config() that returns a config.")
+    try:
+        settings = get_config(*([argument] if argument else []))
+    except AttributeError as error:
+        # What a locked ConfigDict raises for a field that it lacks holds a KeyError, which quotes the name.
+        quoted = re.search(r"['\"]+(\w+)", str(error))
+        if not (error.args and isinstance(error.args[0], KeyError) and quoted):
+            raise
+        line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1]
+        raise _unknown_field(quoted[1], where=f"{file}, line {line}: ") from None
+    if not isinstance(settings, ConfigDict):
+        raise ConfigError(f"get_config() of {file} returned {type(settings).__name__}, not a ConfigDict.")
+    for name, text in (overrides or {}).items():
+        override(settings, name, text)
+    return build(settings)
+
+
+def override(settings: ConfigDict, name: str, text: str) -> None:
+    """Set one field from text.
+
+    Args:
+        settings: changed in place.
+        name: dotted, e.g. "model.mixers.gla.expand_k".
+        text: e.g. "0.5"; "none" is None, "gla,attention" a list.
+
+    Raises:
+        ConfigError: no such field, or text that is not a value of its type.
+    """
+    hints = _hints(Config, "")
+    if name not in hints:
+        if within := [field for field in hints if field.startswith(f"{name}.")]:
+            raise ConfigError(f"{name}={text!r} must be set field by field, such as {within[0]}.")
+        raise _unknown_field(name)
+    *sections, field = name.split(".")
+    for section in sections:
+        settings = settings[section]
+    settings[field] = _parse(text, hints[name], name)
+
+
+def build(settings: ConfigDict | Mapping[str, Any]) -> Config:
+    """Check every field and freeze them; those that are missing get their defaults.
+
+    Raises:
+        ConfigError: the first mistake, in one sentence.
+    """
+    config = _build(Config, settings.to_dict() if isinstance(settings, ConfigDict) else settings, "")
+    _check(config)
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Return nested dicts of plain values, which JSON can hold and `build` takes back."""
+    return dataclasses.asdict(config)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return {dotted name: value} of every field."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(as_dict(config), ""))
+
+
+def describe() -> str:
+    """Return a text with every field, its default and its meaning, for `--help`."""
+    meanings = _meanings(_defaults(), "")
+    return "\n".join(
+        f"  --config.{name}={value}".ljust(60) + meanings.get(name, "") for name, value in flat(_defaults()).items()
+    )
+
+
+# The pieces of the above --------------------------------------------------------------------------------------------
+
+
+def _mixers() -> dict[str, Any]:
+    from gla_jax.layers import MIXERS  # not at the top: layers import this module
+
+    return MIXERS
+
+
+def _defaults() -> Config:
+    return Config(model=ModelConfig(mixers={name: mixer.Options() for name, mixer in _mixers().items()}))
+
+
+def _hints(cls: type, prefix: str) -> dict[str, Any]:
+    """Return {dotted name: type annotation} of every field."""
+    hints: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            hints |= _hints(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif hint == MixerOptions:
+            for mixer, layer in _mixers().items():
+                hints |= _hints(layer.Options, f"{prefix}{name}.{mixer}.")
+        else:
+            hints[prefix + name] = hint
+    return hints
+
+
+def _meanings(section: Any, prefix: str) -> dict[str, str]:
+    """Return {dotted name: the docstring below the field}."""
+    body = ast.parse(inspect.getsource(type(section))).body[0].body  # type: ignore[attr-defined]
+    meanings = {
+        prefix + field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
+    }
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        for name, part in value.items() if isinstance(value, dict) else [(None, value)]:
+            if dataclasses.is_dataclass(part):
+                meanings |= _meanings(part, f"{prefix}{field.name}." + (f"{name}." if name else ""))
+    return meanings
+
+
+def _unknown_field(name: str, where: str = "") -> ConfigError:
+    """Say that there is no such field and which is nearest, whether a whole path was given or only its last part."""
+    names = list(_hints(Config, ""))
+    by_part = {part: part for known in names for part in known.split(".")[:-1]}
+    by_part |= {known.rpartition(".")[2]: known for known in reversed(names)}
+    near = difflib.get_close_matches(name, names, 1, cutoff=0.75) or [
+        by_part[part] for part in difflib.get_close_matches(name.rpartition(".")[2], by_part, 1)
+    ]
+    cure = f"did you mean {near[0]}?" if near else "`python train.py --help` lists all there are."
+    return ConfigError(f"{where}the config has no field {name}; {cure}")
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _wrong_type(name: str, value: Any, hint: Any) -> ConfigError:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "None"}
+    wanted = " or ".join(words.get(kind, "a list of texts") for kind in _kinds(hint))
+    return ConfigError(f"{name}={value!r} must be {wanted}.")
+
+
+def _parse(text: str, hint: Any, name: str) -> Any:
+    """Read text as one of the types of an annotation, the strictest first."""
+    kinds = _kinds(hint)
+    if types.NoneType in kinds and text.lower() in ("none", "null"):
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    if "," in text and any(typing.get_origin(kind) is tuple for kind in kinds):
+        return tuple(part.strip(" '\"") for part in text.strip("()[], ").split(","))
+    if str in kinds:
+        return text
+    raise _wrong_type(name, text, hint)
+
+
+def _build(cls: Any, values: Any, prefix: str) -> Any:
+    """Make a dataclass of nested dicts."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix[:-1]}={values!r} must be set field by field; `python train.py --help` lists them.")
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise _unknown_field(prefix + name)
+    fields: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            fields[name] = _build(hint, values.get(name, {}), f"{prefix}{name}.")
+        elif hint == MixerOptions:
+            given = values.get(name, {})
+            for mixer in given:
+                if mixer not in _mixers():
+                    raise _unknown_field(f"{prefix}{name}.{mixer}")
+            fields[name] = {
+                mixer: _build(layer.Options, given.get(mixer, {}), f"{prefix}{name}.{mixer}.")
+                for mixer, layer in _mixers().items()
+            }
+        elif name in values:
+            fields[name] = _typed(values[name], hint, prefix + name)
+    return cls(**fields)
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """Return the value if the annotation allows it: whole numbers are numbers too, and lists become tuples."""
+    for kind in _kinds(hint):
+        if typing.get_origin(kind) is tuple:
+            if isinstance(value, list | tuple) and all(isinstance(part, typing.get_args(kind)[0]) for part in value):
+                return tuple(value)
+        elif kind is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        elif type(value) is kind:
+            return value
+    raise _wrong_type(name, value, hint)
+
+
+_LEAST = {
+    "steps": 1,
+    "data.sequence_length": 1,
+    "data.batch_size": 1,
+    "optimizer.warmup_steps": 0,
+    "optimizer.final_learning_rate": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "optimizer.accumulation_steps": 1,
+    "optimizer.z_loss": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "eval.every": 0,
+    "eval.batches": 0,
+    "log.every": 1,
+    "sample.tokens": 0,
+    "sample.temperature": 0,
+    "profile.start": 0,
+    "profile.steps": 0,
+}
+_CHOICES = {
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "dtype.params": ("float32", "bfloat16"),
+    "dtype.compute": ("float32", "bfloat16"),
+}
+
+
+def _check(config: Config) -> None:
+    """Raise ConfigError for the first value that makes no sense; meshes and data files are checked when opened."""
+    values, optimizer = flat(config), config.optimizer
+    for name, least in _LEAST.items():
+        if values[name] < least:
+            raise ConfigError(f"{name}={values[name]} must be at least {least}.")
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise ConfigError(f"{name}={values[name]!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+    for name in ("learning_rate", "eps"):
+        if values[f"optimizer.{name}"] <= 0:
+            raise ConfigError(f"optimizer.{name}={values[f'optimizer.{name}']} must be above 0.")
+    for name in ("b1", "b2", "ema_decay"):
+        if not 0 <= values[f"optimizer.{name}"] < 1:
+            raise ConfigError(f"optimizer.{name}={values[f'optimizer.{name}']} must be at least 0 and below 1.")
+    if not 0 < optimizer.decay_fraction <= 1:
+        raise ConfigError(f"optimizer.decay_fraction={optimizer.decay_fraction} must be above 0 and at most 1.")
+    if optimizer.final_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.final_learning_rate={optimizer.final_learning_rate} exceeds optimizer.learning_rate="
+            f"{optimizer.learning_rate}; a tenth of it is usual."
+        )
+    if config.data.batch_size % optimizer.accumulation_steps:
+        raise ConfigError(
+            f"optimizer.accumulation_steps={optimizer.accumulation_steps} does not divide data.batch_size="
+            f"{config.data.batch_size}; try {nearest_divisors(optimizer.accumulation_steps, config.data.batch_size)}."
+        )
+    from gla_jax.models.language_model import check as check_model  # not at the top: models import this module
+
+    # The tokeniser, which is not open yet, may have to supply the size of the vocabulary.
+    check_model(dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 1))
+
+
+def nearest_divisors(value: int, of: int) -> str:
+    """Return the divisors of a number that lie on both sides of a value which is none, e.g. "2 or 4"."""
+    divisors = [number for number in range(1, of + 1) if of % number == 0]
+    below = [number for number in divisors if number < value][-1:]
+    above = [number for number in divisors if number > value][:1]
+    return " or ".join(map(str, below + above))
