@@ -1,0 +1,25 @@
+"""Layers: sequence mixers, the SwiGLU, norms. Each is an `nnx.Module` that can be used alone.
+
+A sequence mixer is a class with
+
+    Options                                                                   a frozen dataclass of what is its own
+    check(hidden_size, num_heads, options)                                    static; ConfigError in one sentence
+    __init__(hidden_size, num_heads, options, *, norm_eps, initializer_range, dtype, param_dtype, rngs)
+    __call__(x, state=None, *, segment_ids=None, positions=None) -> (y, state)     x, y [B, T, D], any T >= 1
+    init_state(batch_size) -> state                                           a pytree of arrays, batch axis first
+    flops_per_token(context_length) -> float                                  of the forward pass
+
+and a line in `MIXERS`; the model knows no more of it. `state=None` starts a row; a state that is passed in continues
+one, and what comes back continues after the last token. `segment_ids` [B, T] mark documents that must not see each
+other: a new one begins where the id differs from the token before, and the first token continues from `state`. Padding
+on the left is therefore a segment of its own and needs nothing else. `positions` [B, T] are for mixers that have them.
+"""
+
+from gla_jax.layers.gated_linear_attention import GatedLinearAttention
+
+MIXERS: dict[str, type] = {
+    "gla": GatedLinearAttention,
+}
+"""Every sequence mixer by its name in `model.mixer`."""
+
+__all__ = ["MIXERS", "GatedLinearAttention"]

@@ -1,0 +1,259 @@
+"""The language model: embedding, blocks of (mixer, SwiGLU), head. It never asks which mixer it has."""
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gla_jax.config import ConfigError, ModelConfig
+from gla_jax.layers import MIXERS
+from gla_jax.layers.linear import linear
+from gla_jax.layers.mlp import SwiGLU
+from gla_jax.layers.norm import RMSNorm
+from gla_jax.parallel.sharding import in_mesh, out_sharding, shard
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a layer keeps for its backward pass, by `model.remat`; "none" is no checkpoint at all."""
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, one per token.
+
+    Args:
+        vocab_size: number of rows.
+        hidden_size: model dimension D.
+        initializer_range: standard deviation of the entries.
+        dtype: dtype of what is looked up.
+        param_dtype: dtype that the table is held in.
+        rngs: source of randomness.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        initializer_range: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        table = jax.nn.initializers.normal(initializer_range)(rngs.params(), (vocab_size, hidden_size), param_dtype)
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, input_ids: jax.Array) -> jax.Array:
+        """Look up input_ids [B, T]; the result is [B, T, D], NaN for ids outside the table."""
+        # The table is cast after the look-up, so that the gradients of a frequent token are summed in float32.
+        table = shard(self.embedding[...], "vocab", None)
+        sharding = out_sharding("batch", "time", "hidden") if in_mesh() else None
+        rows = table.at[input_ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
+        return rows.astype(self.dtype)
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: str, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        common = dict(initializer_range=config.initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = lambda: RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
+        self.mixer_norm = norm()
+        self.mixer = MIXERS[mixer](
+            config.hidden_size, config.num_heads, mixer_options(config, mixer), norm_eps=config.norm_eps, **common
+        )
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, **common)
+
+    def __call__(
+        self, x: jax.Array, state: Any, *, segment_ids: jax.Array | None, positions: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        """Map x [B, T, D] to [B, T, D] and the mixer's state to the next."""
+        mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class LanguageModel(nnx.Module):
+    """An autoregressive language model over tokens.
+
+    The layers' parameters and states are stacked along a leading axis and run by `lax.scan`: all in `layers` if they are
+    alike; in a hybrid one stack for each run of equal mixers, `layers_0_5` being the layers from 0 up to 5.
+
+    Args:
+        config: sizes and mixers; `vocab_size` must be set.
+        compute_dtype: dtype of activations; parameters are cast to it where they are used.
+        param_dtype: dtype that parameters are held in.
+        rngs: source of randomness.
+
+    Raises:
+        ConfigError: the config cannot be made into a model; see `check`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        compute_dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check(config)
+        assert config.vocab_size is not None
+        self.vocab_size, self.hidden_size, self.dtype = config.vocab_size, config.hidden_size, compute_dtype
+        self.remat = config.remat
+        common = dict(
+            initializer_range=config.initializer_range, dtype=compute_dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.embed = Embedding(config.vocab_size, config.hidden_size, **common)
+        self.groups = layer_groups(config)
+        for name, mixer, count in self.groups:
+            block = lambda key, mixer=mixer: Block(
+                config, mixer, dtype=compute_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key)
+            )
+            setattr(self, name, jax.vmap(block)(jax.random.split(rngs.params(), count)))
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
+        self.head = nnx.data(None)
+        if not config.tie_embeddings:
+            self.head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), **common)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        state: Any = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: [B, T] int32, any T >= 1.
+            state: what an earlier call or `init_state` returned, to go on from there; None: the start of a text.
+            segment_ids: [B, T] int32; documents in a row, and padding, that must not see each other. A new one begins
+                where the id differs from the token before; the first token continues from `state`.
+            positions: [B, T] int32 for mixers that use them; None: counted on from the state.
+
+        Returns:
+            logits [B, T, vocab] float32, and the state after the last token.
+        """
+        hidden, state = self.hidden_states(input_ids, state, segment_ids=segment_ids, positions=positions)
+        return self.logits(hidden), state
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        state: Any = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as for a call."""
+
+        def run(x: jax.Array, block_and_state: tuple[Block, Any]) -> tuple[jax.Array, Any]:
+            block, state = block_and_state
+            return block(x, state, segment_ids=segment_ids, positions=positions)
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        x = self.embed(input_ids)
+        next_state = {}
+        for name, _, _ in self.groups:
+            x, next_state[name] = jax.lax.scan(run, x, (getattr(self, name), None if state is None else state[name]))
+        return self.norm(x), next_state
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Apply the head to hidden states [B, T, D]: [B, T, vocab] float32."""
+        return jnp.einsum(
+            "btd,dv->btv",
+            hidden,
+            self.head_matrix().astype(self.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding("batch", "time", "vocab"),
+        )
+
+    def head_matrix(self) -> jax.Array:
+        """Return the matrix [D, vocab] from hidden states to logits, in the dtype that it is held in."""
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def init_state(self, batch_size: int) -> dict[str, Any]:
+        """Return the state before the first token: for each stack of layers the mixer's, with a leading layer axis."""
+        states = {}
+        for name, _, count in self.groups:
+            one = jax.eval_shape(lambda name=name: getattr(self, name).mixer.init_state(batch_size))
+            states[name] = jax.tree.map(lambda leaf, count=count: _stacked_zeros(leaf, count), one)
+        return states
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Return the FLOPs of the forward pass for one token, head included; a training step takes three times as many.
+
+        Matrix products of parameters and the mixers' own; nothing for look-ups, norms, recomputation.
+        """
+        head = 2.0 * self.hidden_size * self.vocab_size
+        blocks = ((count, getattr(self, name)) for name, _, count in self.groups)
+        return head + sum(
+            count * (block.mixer.flops_per_token(context_length) + block.mlp.flops_per_token())
+            for count, block in blocks
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of parameters; a tied head is counted once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def _stacked_zeros(leaf: jax.ShapeDtypeStruct, count: int) -> jax.Array:
+    shape = (count, *leaf.shape)
+    if not in_mesh():
+        return jnp.zeros(shape, leaf.dtype)
+    return jnp.zeros(shape, leaf.dtype, out_sharding=jax.sharding.PartitionSpec(None, *leaf.sharding.spec))
+
+
+def layer_groups(config: ModelConfig) -> tuple[tuple[str, str, int], ...]:
+    """Return (name, mixer, number of layers) for each run of equal mixers, in order."""
+    names = layer_mixers(config)
+    runs = [(mixer, len(list(run))) for mixer, run in itertools.groupby(names)]
+    if len(runs) == 1:
+        return (("layers", *runs[0]),)
+    stops = list(itertools.accumulate(count for _, count in runs))
+    return tuple(
+        (f"layers_{stop - count}_{stop - 1}", mixer, count) for (mixer, count), stop in zip(runs, stops, strict=True)
+    )
+
+
+def layer_mixers(config: ModelConfig) -> tuple[str, ...]:
+    """Return the name of every layer's mixer."""
+    return (config.mixer,) * config.num_layers if isinstance(config.mixer, str) else tuple(config.mixer)
+
+
+def mixer_options(config: ModelConfig, mixer: str) -> Any:
+    """Return the options of a mixer, `config.mixers[mixer]`, as an instance of its `Options`."""
+    options = config.mixers.get(mixer, {})
+    return MIXERS[mixer].Options(**options) if isinstance(options, Mapping) else options
+
+
+def check(config: ModelConfig) -> None:
+    """Raise ConfigError, in one sentence, if no model can be made of the config."""
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size=None must be known by now; take the tokeniser's")
+    for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise ConfigError(f"model.{field}={value} must be at least 1")
+    mixers = layer_mixers(config)
+    if len(mixers) != config.num_layers:
+        raise ConfigError(f"model.mixer names {len(mixers)} layers and model.num_layers={config.num_layers}")
+    for name in dict.fromkeys(mixers):
+        if name not in MIXERS:
+            near = difflib.get_close_matches(name, MIXERS, n=1)
+            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, MIXERS))}"
+            raise ConfigError(f"model.mixer={name!r} is unknown; {cure}")
+        MIXERS[name].check(config.hidden_size, config.num_heads, mixer_options(config, name))
+    if config.remat not in ("none", *REMAT_POLICIES):
+        raise ConfigError(f"model.remat={config.remat!r} is unknown; try one of 'none', 'full', 'dots'")
