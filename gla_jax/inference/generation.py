@@ -1,8 +1,8 @@
 """Continue prompts: one parallel pass over them, then one compiled loop of single steps.
 
 The memory of the loop is the mixers' states, which for GLA do not grow. Prompts of different length share a batch by
-padding on the left: a pad has segment id 0 and a prompt segment id 1, and every mixer starts afresh where the id changes,
-so a row's continuation is the same whatever stands beside it.
+padding on the left: a pad has segment id 0 and a prompt segment id 1, and every mixer starts afresh where the id
+changes, so a row's continuation is the same whatever stands beside it.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.inference.sampling import sample
-from gla_jax.parallel.sharding import batch_parts, shard
+from gla_jax.parallel.sharding import axis_size, shard
 
 
 def generate(
@@ -32,7 +32,7 @@ def generate(
     """Continue each prompt by up to `max_tokens` tokens.
 
     Args:
-        model: a `gla_jax.models.LanguageModel` (or anything with its `hidden_states` and `head_matrix`).
+        model: a `gla_jax.models.LanguageModel` (or anything with its `hidden_states` and `logits`).
         prompts: lists of token ids, each at least one long.
         max_tokens: how many tokens to add at the most.
         temperature: 0 is greedy decoding.
@@ -60,7 +60,7 @@ def generate(
 
     # One program serves all prompts up to the next power of two, and batches that fill the mesh.
     length = 1 << (max(len(prompt) for prompt in prompts) - 1).bit_length()
-    rows = -len(prompts) % batch_parts() + len(prompts)
+    rows = -len(prompts) % axis_size("batch") + len(prompts)
     tokens = np.zeros((rows, length), np.int32)
     starts = np.full(rows, length - 1)
     for row, prompt in enumerate(prompts):
@@ -88,7 +88,7 @@ def _generate(
     row_keys = shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)), "batch")
 
     def draw(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        logits = shard(jnp.dot(hidden[:, -1], model.head_matrix()).astype(jnp.float32), "batch", None)
+        logits = shard(model.logits(hidden[:, -1:])[:, 0], "batch", None)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
         return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
 

@@ -6,7 +6,6 @@ import pytest
 from gla_jax.config import DtypeConfig, ModelConfig
 from gla_jax.inference import generate
 from gla_jax.models import abstract_model, bind, init_params
-from gla_jax.parallel.sharding import MESH_AXES
 
 CONFIG = ModelConfig(
     hidden_size=64, num_layers=2, num_heads=2, vocab_size=32, intermediate_size=64, initializer_range=0.3,
@@ -63,7 +62,7 @@ def test_a_row_ends_before_its_end_token(model):
 
 def test_on_a_mesh_as_on_one_device(model):
     alone = generate(model, PROMPTS, max_tokens=8, temperature=0.0)
-    mesh = jax.make_mesh((2, 2, 1, 2), MESH_AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 4)
+    mesh = jax.make_mesh((2, 2, 1, 2), ("data", "fsdp", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 4)
     with jax.set_mesh(mesh):
         dtype = DtypeConfig(compute="float32")
         graphdef, _ = abstract_model(CONFIG, dtype)
