@@ -1,34 +1,33 @@
-"""From a DataConfig to batches: sources, mixture, shuffle, this process's share, prefetch."""
+"""From a DataConfig to batches: the order of the rows, this process's share of each batch, and prefetch."""
 
 import dataclasses
-import difflib
-import functools
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from gla_jax.config import ConfigError, DataConfig
-from gla_jax.data import corpora
-from gla_jax.data.manifest import open_folder
-from gla_jax.data.rows import Batch, Rows, make_batch, padding_row, split
-from gla_jax.data.token_file import TokenArray, open_token_file, tokens_in_memory
+from gla_jax.data.corpora import Synthetic
+from gla_jax.data.rows import Batch, Rows, make_batch, padding_row
+from gla_jax.data.sources import check_corpus, open_sources
 from gla_jax.data.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
 
 _SYNTHETIC_HELD_OUT_ROWS = 64
 
-Collate = Callable[[Sequence[np.ndarray]], Batch]
+
+class _RowSource(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Batches to train on and to evaluate on, as this process of `process_count` sees them.
+    """Batches to train on and to evaluate on, as one of the processes that share them sees them.
 
     A batch is a dict of numpy arrays, b = batch_size / process_count rows of T = sequence_length tokens: inputs,
     targets, segment_ids, positions [b, T] int32 and weights [b, T] float32 (see `gla_jax.data.rows`). Process p has
@@ -62,20 +61,18 @@ class Data:
     def eval_batches(self, count: int = 0) -> Iterator[Batch]:
         """Iterate over the held-out part, the same batches in the same order at every call.
 
-        The rows are in an order that does not depend on the seed and has no drift, so that the first batches are a
-        fair sample of all. The last batch is filled up with rows of weight 0; every process gets as many batches.
+        The rows are shuffled, the same way for any seed, so that the first batches are a fair sample of all. The last
+        batch is filled up with rows of weight 0; every process gets as many batches.
 
         Args:
             count: at most this many batches; 0: all.
         """
-        batches = self._eval[:count] if 0 < count < len(self._eval) else self._eval
-        return self._iterate(batches, 0)
+        return self._iterate(self._eval[:count] if 0 < count < len(self._eval) else self._eval, 0)
 
     def _iterate(self, batches: grain.MapDataset, start: int) -> Iterator[Batch]:
-        # Threads and not worker processes: a batch is a copy out of mapped memory, which takes no longer than to
-        # hand it from one process to another.
-        threads = min(2, self._prefetch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch)
+        # Threads and not worker processes: a batch is copied out of mapped memory, which takes no longer than handing
+        # it from one process to another.
+        options = grain.ReadOptions(num_threads=min(2, self._prefetch), prefetch_buffer_size=self._prefetch)
         iterator = iter(batches.to_iter_dataset(options))
         iterator.set_state({"next_index": start})
         return iterator
@@ -97,15 +94,31 @@ def open_dataset(
         ConfigError: one sentence, for whatever in `config` cannot be served.
     """
     _check(config, process_count)
+    train: _RowSource
+    held_out: _RowSource
     if config.path is None and config.corpus == "synthetic":
         tokenizer: Tokenizer = IntegerTokenizer(256 if vocab_size is None else vocab_size)
-        parts = [_synthetic_part(tokenizer, config, seed)]
+        row = config.sequence_length + 1
+        train = Synthetic(tokenizer.vocab_size, row, f"{seed}/train")
+        held_out = Synthetic(tokenizer.vocab_size, row, f"{seed}/held out", _SYNTHETIC_HELD_OUT_ROWS)
+        order = grain.MapDataset.range(len(train))
+        steps_per_epoch = math.inf
+        eval_tokens = eval_bytes = len(held_out) * config.sequence_length
+        description = ["synthetic: endless random tokens"]
+        content: list[Any] = ["synthetic"]
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-        named = _parse_mixture(config.path) if config.path is not None else [(config.corpus, 1.0)]
-        parts = [
-            _text_part(name, weight, tokenizer, config, _derive_seed(seed, i)) for i, (name, weight) in enumerate(named)
-        ]
+        sources = open_sources(config, tokenizer)
+        train = Rows([span for source in sources for span in source.split.train], config.sequence_length)
+        held_out = Rows([span for source in sources for span in source.split.held_out], config.sequence_length)
+        counts = [len(Rows(source.split.train, config.sequence_length)) for source in sources]
+        weights = [source.weight for source in sources]
+        order = _mixed_order(counts, weights, seed)
+        steps_per_epoch = max(count / weight for count, weight in zip(counts, weights, strict=True)) / config.batch_size
+        eval_tokens = sum(source.split.tokens for source in sources)
+        eval_bytes = sum(source.split.bytes for source in sources)
+        description = [source.description for source in sources]
+        content = [[source.weight, source.content] for source in sources]
     if vocab_size is not None and vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.tokenizer={config.tokenizer!r}, "
@@ -114,31 +127,26 @@ def open_dataset(
 
     here_count = config.batch_size // process_count
     here = slice(process_index * here_count, (process_index + 1) * here_count)
-    total_weight = sum(part.weight for part in parts)
-    train = parts[0].train
-    if len(parts) > 1:
-        train = grain.MapDataset.mix([part.train for part in parts], [part.weight / total_weight for part in parts])
-    collate = functools.partial(make_batch, end_of_document=tokenizer.end_of_document)
-    train = train.batch(here_count, batch_fn=collate)[process_index::process_count]
 
-    steps_per_epoch = max(part.rows * total_weight / part.weight for part in parts) / config.batch_size
-    eval_tokens = sum(part.eval_tokens for part in parts)
-    eval_bytes = sum(part.eval_bytes for part in parts)
-    cut = f"rows of {config.sequence_length} tokens, {config.batch_size} a step: "
-    cut += "endless" if math.isinf(steps_per_epoch) else f"{steps_per_epoch:,.0f} steps an epoch"
+    def train_batch(numbers: Sequence[int]) -> Batch:
+        return make_batch([train[number] for number in numbers], tokenizer.end_of_document)
+
+    # A dataset of batches of b rows has process p's share of step n at n * process_count + p.
+    batches = order.batch(here_count, batch_fn=train_batch)[process_index::process_count]
+    epoch = "without end" if math.isinf(steps_per_epoch) else f"{steps_per_epoch:,.0f} steps an epoch"
     return Data(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         description="\n".join(
             [
-                *(part.describe(total_weight) for part in parts),
+                *description,
                 f"tokenizer {tokenizer.name}: vocabulary {tokenizer.vocab_size:,}",
-                cut,
+                f"rows of {config.sequence_length:,} tokens, {config.batch_size:,} a step: {epoch}",
             ]
         ),
         fingerprint=_fingerprint(
             seed=seed,
-            sources=[(part.content, part.weight) for part in parts],
+            content=content,
             tokenizer=tokenizer.fingerprint,
             sequence_length=config.sequence_length,
             batch_size=config.batch_size,
@@ -147,136 +155,40 @@ def open_dataset(
         steps_per_epoch=steps_per_epoch,
         eval_tokens=eval_tokens,
         eval_bytes_per_token=eval_bytes / eval_tokens if eval_tokens else 1.0,
-        _train=train,
-        _eval=_eval_batches([part.held_out for part in parts], config, here, collate),
+        _train=batches,
+        _eval=_eval_batches(held_out, config, here, tokenizer.end_of_document),
         _prefetch=config.prefetch,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """One source of a mixture, or the only one."""
+def _mixed_order(counts: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Order the rows of all sources, numbered one source after the other, without end.
 
-    name: str
-    weight: float
-    content: list[str]
-    """Hashes of all that it holds."""
-    train: grain.MapDataset
-    """Endless rows, every one once an epoch, in an order of each epoch's own."""
-    rows: float
-    """Rows in an epoch."""
-    held_out: grain.MapDataset
-    size: str
-    eval_tokens: int
-    eval_bytes: int
-
-    def describe(self, total_weight: float) -> str:
-        share = "" if self.weight == total_weight else f" ({self.weight / total_weight:.1%} of the rows)"
-        return f"{self.name}{share}: {self.size}"
+    Each source's rows come once an epoch of that source, in another order in each; the sources take turns by weight.
+    """
+    orders, first = [], 0
+    for number, count in enumerate(counts):
+        # Grain adds the number of the epoch to a seed, so that with plain seeds 0 and 1 would share epochs.
+        digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
+        rows = grain.MapDataset.range(first, first + count)
+        orders.append(rows.shuffle(seed=int.from_bytes(digest, "little")).repeat())
+        first += count
+    return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
-def _text_part(name: str, weight: float, tokenizer: Tokenizer, config: DataConfig, seed: int) -> _Part:
-    arrays = [array for array in _open(name, tokenizer) if len(array.starts) > 1]
-    if not arrays:
-        raise ConfigError(f"{name} is empty: it holds no document.")
-    for array in arrays:
-        if array.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ConfigError(
-                f"{array.name} was made with tokenizer {array.tokenizer_name} "
-                f"({array.tokenizer_fingerprint[:8]}), which data.tokenizer={config.tokenizer!r} "
-                f"({tokenizer.fingerprint[:8]}) is not; set data.tokenizer to the former."
-            )
-    parts = split(arrays, config.held_out, tokenizer)
-    train, held_out = Rows(parts.train, config.sequence_length), Rows(parts.held_out, config.sequence_length)
-    tokens = sum(len(array.tokens) - 1 for array in arrays)
-    eval_tokens = sum(span.end - span.start for span in parts.held_out)
-    if tokens - eval_tokens < config.sequence_length:
-        raise ConfigError(
-            f"{name} has {tokens - eval_tokens:,} tokens to train on, fewer than one row of "
-            f"data.sequence_length={config.sequence_length}."
-        )
-    documents = sum(len(array.starts) - 1 for array in arrays)
-    source_bytes = sum(int(array.source_bytes[-1]) for array in arrays)
-    return _Part(
-        name=name,
-        weight=weight,
-        content=[array.content for array in arrays],
-        train=grain.MapDataset.source(train).shuffle(seed=seed).repeat(),
-        rows=len(train),
-        held_out=grain.MapDataset.source(held_out),
-        size=f"{documents:,} documents, {tokens:,} tokens of {source_bytes / tokens:.2f} bytes; "
-        f"held out: {parts.documents:,} documents, {eval_tokens:,} tokens ({eval_tokens / tokens:.1%})",
-        eval_tokens=eval_tokens,
-        eval_bytes=parts.bytes,
-    )
-
-
-def _synthetic_part(tokenizer: Tokenizer, config: DataConfig, seed: int) -> _Part:
-    length = config.sequence_length + 1
-    train = corpora.Synthetic(tokenizer.vocab_size, length, seed, "train")
-    held_out = corpora.Synthetic(tokenizer.vocab_size, length, seed, "held out", rows=_SYNTHETIC_HELD_OUT_ROWS)
-    tokens = len(held_out) * config.sequence_length
-    return _Part(
-        name="synthetic",
-        weight=1.0,
-        content=["synthetic"],
-        train=grain.MapDataset.source(train),
-        rows=math.inf,
-        held_out=grain.MapDataset.source(held_out),
-        size=f"endless random tokens; held out: {tokens:,} tokens",
-        eval_tokens=tokens,
-        eval_bytes=tokens,
-    )
-
-
-def _open(name: str, tokenizer: Tokenizer) -> list[TokenArray]:
-    if name in corpora.TEXTS:
-        return [tokens_in_memory(name, corpora.TEXTS[name](), tokenizer)]
-    path = Path(name)
-    if path.is_dir():
-        return open_folder(path)
-    if not path.exists():
-        raise ConfigError(
-            f"data.path names {name}, which is no file or folder; make one with python -m gla_jax.data.prepare"
-            f"{_nearest(name)}"
-        )
-    return [open_token_file(path)]
-
-
-def _eval_batches(
-    held_out: Sequence[grain.MapDataset], config: DataConfig, here: slice, collate: Collate
-) -> grain.MapDataset:
-    sources = [source for source in held_out if len(source)]
-    if not sources:
-        return grain.MapDataset.range(0)
-    rows = grain.MapDataset.concatenate(sources).shuffle(seed=0)
+def _eval_batches(held_out: _RowSource, config: DataConfig, here: slice, end_of_document: int) -> grain.MapDataset:
+    batches = grain.MapDataset.range(math.ceil(len(held_out) / config.batch_size))
+    if not len(batches):
+        return batches
+    order = grain.MapDataset.range(len(held_out)).shuffle(seed=0)
     padding = padding_row(config.sequence_length)
 
-    def batch(number: int) -> Batch:
+    def eval_batch(number: int) -> Batch:
         numbers = range(number * config.batch_size, (number + 1) * config.batch_size)[here]
-        return collate([rows[row] if row < len(rows) else padding for row in numbers])
+        rows = [held_out[order[number]] if number < len(order) else padding for number in numbers]
+        return make_batch(rows, end_of_document)
 
-    return grain.MapDataset.range(math.ceil(len(rows) / config.batch_size)).map(batch)
-
-
-def _parse_mixture(text: str) -> list[tuple[str, float]]:
-    """Parse "a" or "a:0.7,b:0.3"."""
-    if "," not in text and (":" not in text or os.path.exists(text)):
-        return [(text, 1.0)]
-    parts = []
-    for part in text.split(","):
-        name, _, number = part.strip().rpartition(":")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not name or not 0 < weight < math.inf:
-            raise ConfigError(
-                f"data.path={text!r}: {part.strip()!r} needs a positive number as its weight; "
-                f'a mixture is written "a.tokens:0.7,b.tokens:0.3".'
-            )
-        parts.append((name, weight))
-    return parts
+    return batches.map(eval_batch)
 
 
 def _check(config: DataConfig, process_count: int) -> None:
@@ -293,20 +205,8 @@ def _check(config: DataConfig, process_count: int) -> None:
         raise ConfigError(
             f"data.batch_size={config.batch_size} does not divide among {process_count} processes; try {near}."
         )
-    if config.path is None and config.corpus not in corpora.NAMES:
-        raise ConfigError(
-            f"data.corpus={config.corpus!r} is none of {', '.join(corpora.NAMES)}{_nearest(str(config.corpus))}"
-        )
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name, corpora.NAMES, 1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
-def _derive_seed(seed: int, part: int) -> int:
-    # Grain adds the number of the epoch to a seed, so that with plain seeds 0 and 1 would share epochs.
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=4).digest(), "little")
+    if config.path is None:
+        check_corpus(config.corpus)
 
 
 def _fingerprint(**parts: Any) -> str:

@@ -39,6 +39,8 @@ class Split:
     held_out: list[Span]
     documents: int
     """Documents held out, one that is cut included."""
+    tokens: int
+    """Targets held out."""
     bytes: int
     """Bytes of source text held out."""
 
@@ -59,7 +61,7 @@ def split(arrays: Sequence[TokenArray], share: float, tokenizer: Tokenizer) -> S
     wanted = int(total * share)
     spans = [Span(array, 0, len(array.tokens) - 1) for array in arrays]
     if not wanted:
-        return Split(spans, [], 0, 0)
+        return Split(spans, [], 0, 0, 0)
 
     # The boundary lies in `array`, there at `start`, in document number `document`.
     which = bisect_right(ends, total - wanted)
@@ -81,6 +83,7 @@ def split(arrays: Sequence[TokenArray], share: float, tokenizer: Tokenizer) -> S
         train=[*spans[:which], Span(array, 0, train_end)],
         held_out=[Span(array, start, length), *spans[which + 1 :]],
         documents=sum(len(a.starts) - 1 for a in (array, *rest)) - first + (cut_bytes > 0),
+        tokens=ends[-1] - ends[which] + length - start,
         bytes=sum(int(a.source_bytes[-1]) for a in (array, *rest)) - int(array.source_bytes[first]) + cut_bytes,
     )
 
