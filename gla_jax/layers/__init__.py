@@ -15,9 +15,11 @@ other: a new one begins where the id differs from the token before, and the firs
 on the left is therefore a segment of its own and needs nothing else. `positions` [B, T] are for mixers that have them.
 """
 
+from typing import Any
+
 from gla_jax.layers.gated_linear_attention import GatedLinearAttention
 
-MIXERS: dict[str, type] = {
+MIXERS: dict[str, Any] = {
     "gla": GatedLinearAttention,
 }
 """Every sequence mixer by its name in `model.mixer`."""

@@ -1,21 +1,27 @@
 """The GLA layer (arXiv 2312.06635, section 4.4), with the options of the authors' flash-linear-attention."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from gla_jax.config import ConfigError
 from gla_jax.layers.activation import ACTIVATIONS
+from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.layers.short_convolution import ShortConvolution
 from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
-from pallas_kernels import gated_linear_attention, gated_linear_attention_step
+from pallas_kernels.gated_linear_attention import (
+    IMPLEMENTATIONS,
+    gated_linear_attention,
+    gated_linear_attention_step,
+)
 
 State = dict[str, Any]
 
@@ -84,8 +90,8 @@ class GatedLinearAttention(nnx.Module):
         *,
         norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.check(hidden_size, num_heads, options)
@@ -95,17 +101,19 @@ class GatedLinearAttention(nnx.Module):
         self.value_size = round(hidden_size * options.expand_v) // num_heads  # V
         keys, values = self.num_kv_heads * self.key_size, self.num_kv_heads * self.value_size
 
-        common = dict(initializer_range=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        weights = functools.partial(
+            linear, initializer_range=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         into_heads, rank = ("embed", "heads"), options.gate_low_rank_dim
-        self.query = linear(hidden_size, num_heads * self.key_size, into_heads, **common)
-        self.key = linear(hidden_size, keys, into_heads, **common)
-        self.value = linear(hidden_size, values, into_heads, **common)
-        self.forget_gate_down = linear(hidden_size, rank, ("embed", None), **common)
-        self.forget_gate_up = linear(rank, keys, (None, "heads"), use_bias=True, **common)
+        self.query = weights(hidden_size, num_heads * self.key_size, into_heads)
+        self.key = weights(hidden_size, keys, into_heads)
+        self.value = weights(hidden_size, values, into_heads)
+        self.forget_gate_down = weights(hidden_size, rank, ("embed", None))
+        self.forget_gate_up = weights(rank, keys, (None, "heads"), use_bias=True)
         self.output_gate = nnx.data(None)
         if options.use_output_gate:
-            self.output_gate = linear(hidden_size, num_heads * self.value_size, into_heads, **common)
-        self.output = linear(num_heads * self.value_size, hidden_size, ("heads", "embed"), **common)
+            self.output_gate = weights(hidden_size, num_heads * self.value_size, into_heads)
+        self.output = weights(num_heads * self.value_size, hidden_size, ("heads", "embed"))
         self.output_norm = RMSNorm(
             self.value_size,
             epsilon=norm_eps,
@@ -113,14 +121,21 @@ class GatedLinearAttention(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.query_convolution = self.key_convolution = self.value_convolution = nnx.data(None)
-        if options.use_short_conv:
-            convolution = lambda channels: ShortConvolution(
-                channels, options.conv_size, use_bias=options.conv_bias, **common
-            )
-            self.query_convolution = convolution(num_heads * self.key_size)
-            self.key_convolution = convolution(keys)
-            self.value_convolution = convolution(values)
+        widths = {"query": num_heads * self.key_size, "key": keys, "value": values} if options.use_short_conv else {}
+        self.convolutions = nnx.Dict(
+            {
+                name: ShortConvolution(
+                    width,
+                    options.conv_size,
+                    use_bias=options.conv_bias,
+                    initializer_range=initializer_range,
+                    dtype=dtype,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                for name, width in widths.items()
+            }
+        )
 
     def __call__(
         self,
@@ -142,14 +157,16 @@ class GatedLinearAttention(nnx.Module):
             y [B, T, D] in the compute dtype, and the state after the last token.
         """
         wide = out_sharding("batch", "time", "heads")
-        query, key, value = (project(x, out_sharding=wide) for project in (self.query, self.key, self.value))
+        projected = {
+            "query": self.query(x, out_sharding=wide),
+            "key": self.key(x, out_sharding=wide),
+            "value": self.value(x, out_sharding=wide),
+        }
         convolutions = {}
-        if self.options.use_short_conv:
-            past = {} if state is None else state["convolution"]
-            convolve = lambda layer, x, name: layer(x, past.get(name), segment_ids=segment_ids)
-            query, convolutions["query"] = convolve(self.query_convolution, query, "query")
-            key, convolutions["key"] = convolve(self.key_convolution, key, "key")
-            value, convolutions["value"] = convolve(self.value_convolution, value, "value")
+        for name, convolution in self.convolutions.items():
+            past = None if state is None else state["convolutions"][name]
+            projected[name], convolutions[name] = convolution(projected[name], past, segment_ids=segment_ids)
+        query, key, value = projected["query"], projected["key"], projected["value"]
 
         low_rank = self.forget_gate_down(x, out_sharding=out_sharding("batch", "time", None))
         log_decay = self._log_decay(self.forget_gate_up(low_rank, out_sharding=wide))
@@ -169,7 +186,7 @@ class GatedLinearAttention(nnx.Module):
             gate = self.output_gate(x, out_sharding=wide)
             out = out * ACTIVATIONS[self.options.gate_fn](gate.astype(jnp.float32))
         y = self.output(out.astype(self.dtype), out_sharding=out_sharding("batch", "time", "hidden"))
-        return y, {"recurrent": recurrent} | ({"convolution": convolutions} if convolutions else {})
+        return y, {"recurrent": recurrent} | ({"convolutions": convolutions} if convolutions else {})
 
     def _log_decay(self, logits: jax.Array) -> jax.Array:
         """Return g <= 0 in the compute dtype, which halves what the kernels read; the logarithm itself in float32."""
@@ -213,16 +230,12 @@ class GatedLinearAttention(nnx.Module):
     def init_state(self, batch_size: int) -> State:
         """Return the state before the first token of `batch_size` rows: {"recurrent": zeros [B, H, K, V] float32}.
 
-        With short convolutions also {"convolution": {"query", "key", "value"}}, each [B, width - 1, channels].
+        With short convolutions also {"convolutions": {"query", "key", "value"}}, each [B, width - 1, channels].
         """
         shape = (batch_size, self.num_heads, self.key_size, self.value_size)
         state: State = {"recurrent": zeros(shape, jnp.float32, "batch", "heads", None, None)}
-        if self.options.use_short_conv:
-            state["convolution"] = {
-                "query": self.query_convolution.init_state(batch_size),
-                "key": self.key_convolution.init_state(batch_size),
-                "value": self.value_convolution.init_state(batch_size),
-            }
+        if self.convolutions:
+            state["convolutions"] = {name: layer.init_state(batch_size) for name, layer in self.convolutions.items()}
         return state
 
     def flops_per_token(self, context_length: int) -> float:
@@ -233,52 +246,36 @@ class GatedLinearAttention(nnx.Module):
         """
         maps = (self.query, self.key, self.value, self.forget_gate_down, self.forget_gate_up, self.output)
         flops = linear_flops(*maps, self.output_gate) + 4.0 * self.num_heads * self.key_size * self.value_size
-        convolutions = (self.query_convolution, self.key_convolution, self.value_convolution)
-        return flops + sum(layer.flops_per_token() for layer in convolutions if layer is not None)
+        return flops + sum(layer.flops_per_token() for layer in self.convolutions.values())
 
     @staticmethod
     def check(hidden_size: int, num_heads: int, options: GatedLinearAttentionOptions) -> None:
-        """Raise ConfigError, in one sentence, if a layer cannot be made of these."""
-        for name in ("expand_k", "expand_v"):
-            width = round(hidden_size * getattr(options, name))
-            if num_heads < 1 or width < 1 or width % num_heads:
-                _raise_heads(num_heads, hidden_size, options, f"model.hidden_size*{name}={width}")
-        kv_heads = options.num_kv_heads
-        if kv_heads is not None and (kv_heads < 1 or num_heads % kv_heads):
-            raise ConfigError(
-                f"model.mixers.gla.num_kv_heads={kv_heads} does not divide model.num_heads={num_heads}; "
-                f"try {_nearest_divisors(kv_heads, num_heads)}"
-            )
-        if (kv_heads or num_heads) % axis_size("heads"):
-            name = "model.num_heads" if kv_heads is None else "model.mixers.gla.num_kv_heads"
-            raise ConfigError(
-                f"mesh.tensor={axis_size('heads')} does not divide {name}={kv_heads or num_heads}; "
-                f"try {_nearest_divisors(axis_size('heads'), kv_heads or num_heads)}"
-            )
-        for field in ("feature_map", "gate_fn"):
-            name = getattr(options, field)
-            if name not in ACTIVATIONS and not (name is None and field == "feature_map"):
-                raise ConfigError(f"model.mixers.gla.{field}={name!r} is unknown; try one of {', '.join(ACTIVATIONS)}")
-        for field, least in (("conv_size", 1), ("gate_low_rank_dim", 1)):
-            if getattr(options, field) < least:
-                raise ConfigError(f"model.mixers.gla.{field}={getattr(options, field)} must be at least {least}")
+        """Raise ConfigError, in one sentence, if no layer can be made of these on the current mesh."""
+        section = "model.mixers.gla"
+        widths = {name: round(hidden_size * getattr(options, name)) for name in ("expand_k", "expand_v")}
+        for name, width in widths.items():
+            if width < 1:
+                raise ConfigError(
+                    f"{section}.{name}={getattr(options, name)} leaves heads without width; it must be above 0."
+                )
+            check_divides("model.num_heads", num_heads, f"model.hidden_size*{name}", width, math.gcd(*widths.values()))
+        kv_heads, kv_name = num_heads, "model.num_heads"
+        if options.num_kv_heads is not None:
+            kv_heads, kv_name = options.num_kv_heads, f"{section}.num_kv_heads"
+            check_divides(kv_name, kv_heads, "model.num_heads", num_heads)
+        check_divides("mesh.tensor", axis_size("heads"), kv_name, kv_heads)
+        check_one_of(f"{section}.feature_map", options.feature_map, (None, *ACTIVATIONS))
+        check_one_of(f"{section}.gate_fn", options.gate_fn, tuple(ACTIVATIONS))
+        implementations = (
+            options.implementation if isinstance(options.implementation, tuple) else (options.implementation,)
+        )
+        for implementation in implementations:
+            check_one_of(f"{section}.implementation", implementation, (None, *IMPLEMENTATIONS))
+        for field in ("conv_size", "gate_low_rank_dim", "chunk_size"):
+            value = getattr(options, field)
+            if value is not None and value < 1:
+                raise ConfigError(f"{section}.{field}={value} must be at least 1.")
         if options.gate_logit_normalizer <= 0:
-            raise ConfigError(f"model.mixers.gla.gate_logit_normalizer={options.gate_logit_normalizer} must be above 0")
+            raise ConfigError(f"{section}.gate_logit_normalizer={options.gate_logit_normalizer} must be above 0.")
         if options.clamp_min is not None and options.clamp_min > 0:
-            raise ConfigError(
-                f"model.mixers.gla.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm"
-            )
-
-
-def _raise_heads(num_heads: int, hidden_size: int, options: GatedLinearAttentionOptions, what: str) -> None:
-    both = math.gcd(round(hidden_size * options.expand_k), round(hidden_size * options.expand_v))
-    raise ConfigError(f"model.num_heads={num_heads} does not divide {what}; try {_nearest_divisors(num_heads, both)}")
-
-
-def _nearest_divisors(wanted: int, number: int) -> str:
-    divisors: Sequence[int] = [d for d in range(1, number + 1) if number % d == 0]
-    near = [
-        max((d for d in divisors if d < wanted), default=None),
-        min((d for d in divisors if d > wanted), default=None),
-    ]
-    return " or ".join(str(d) for d in near if d is not None)
+            raise ConfigError(f"{section}.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm.")

@@ -1,8 +1,8 @@
 """Linear maps whose weights know the logical names of their axes."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 def linear(
@@ -12,8 +12,8 @@ def linear(
     *,
     use_bias: bool = False,
     initializer_range: float,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """Make a linear map with weights N(0, initializer_range^2) and, if asked for, a bias of zeros.

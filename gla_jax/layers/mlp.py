@@ -1,8 +1,11 @@
 """The channel mixer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.parallel.sharding import out_sharding
@@ -31,15 +34,17 @@ class SwiGLU(nnx.Module):
         intermediate_size: int | None = None,
         *,
         initializer_range: float = 0.02,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         width = default_intermediate_size(hidden_size) if intermediate_size is None else intermediate_size
-        common = dict(initializer_range=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate = linear(hidden_size, width, ("embed", "mlp"), **common)
-        self.up = linear(hidden_size, width, ("embed", "mlp"), **common)
-        self.down = linear(width, hidden_size, ("mlp", "embed"), **common)
+        weights = functools.partial(
+            linear, initializer_range=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.gate = weights(hidden_size, width, ("embed", "mlp"))
+        self.up = weights(hidden_size, width, ("embed", "mlp"))
+        self.down = weights(width, hidden_size, ("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""

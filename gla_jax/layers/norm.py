@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 class RMSNorm(nnx.RMSNorm):
     """x / rms(x) * scale over the last axis, computed in float32, returned in the dtype of x (arXiv 1910.07467)."""
 
     def __init__(
-        self, num_features: int, *, epsilon: float, use_scale: bool = True, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self, num_features: int, *, epsilon: float, use_scale: bool = True, param_dtype: DTypeLike, rngs: nnx.Rngs
     ):
         super().__init__(
             num_features,

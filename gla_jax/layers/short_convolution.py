@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from gla_jax.parallel.sharding import per_shard, shard, zeros
 
@@ -29,8 +30,8 @@ class ShortConvolution(nnx.Module):
         *,
         use_bias: bool = False,
         initializer_range: float = 0.02,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.channels, self.width, self.dtype = channels, width, dtype

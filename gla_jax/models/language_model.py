@@ -1,6 +1,6 @@
 """The language model: embedding, blocks of (mixer, SwiGLU), head. It never asks which mixer it has."""
 
-import difflib
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from gla_jax.config import ConfigError, ModelConfig
 from gla_jax.layers import MIXERS
+from gla_jax.layers.check import check_one_of
 from gla_jax.layers.linear import linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
@@ -41,8 +43,8 @@ class Embedding(nnx.Module):
         hidden_size: int,
         *,
         initializer_range: float,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.dtype = dtype
@@ -61,15 +63,30 @@ class Embedding(nnx.Module):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, mixer: str, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        common = dict(initializer_range=config.initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = lambda: RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, mixer: str, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
         self.mixer_norm = norm()
         self.mixer = MIXERS[mixer](
-            config.hidden_size, config.num_heads, mixer_options(config, mixer), norm_eps=config.norm_eps, **common
+            config.hidden_size,
+            config.num_heads,
+            mixer_options(config, mixer),
+            norm_eps=config.norm_eps,
+            initializer_range=config.initializer_range,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.mlp_norm = norm()
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, **common)
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.intermediate_size,
+            initializer_range=config.initializer_range,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self, x: jax.Array, state: Any, *, segment_ids: jax.Array | None, positions: jax.Array | None
@@ -83,8 +100,8 @@ class Block(nnx.Module):
 class LanguageModel(nnx.Module):
     """An autoregressive language model over tokens.
 
-    The layers' parameters and states are stacked along a leading axis and run by `lax.scan`: all in `layers` if they are
-    alike; in a hybrid one stack for each run of equal mixers, `layers_0_5` being the layers from 0 up to 5.
+    The layers' parameters and states are stacked along a leading axis and run by `lax.scan`: all in `layers` if they
+    are alike; in a hybrid one stack for each run of equal mixers, `layers_0_5` being the layers from 0 up to 5.
 
     Args:
         config: sizes and mixers; `vocab_size` must be set.
@@ -100,18 +117,22 @@ class LanguageModel(nnx.Module):
         self,
         config: ModelConfig,
         *,
-        compute_dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         check(config)
         assert config.vocab_size is not None
         self.vocab_size, self.hidden_size, self.dtype = config.vocab_size, config.hidden_size, compute_dtype
         self.remat = config.remat
-        common = dict(
-            initializer_range=config.initializer_range, dtype=compute_dtype, param_dtype=param_dtype, rngs=rngs
+        self.embed = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            initializer_range=config.initializer_range,
+            dtype=compute_dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
-        self.embed = Embedding(config.vocab_size, config.hidden_size, **common)
         self.groups = layer_groups(config)
         for name, mixer, count in self.groups:
             block = lambda key, mixer=mixer: Block(
@@ -121,7 +142,15 @@ class LanguageModel(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.head = nnx.data(None)
         if not config.tie_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), **common)
+            self.head = linear(
+                config.hidden_size,
+                config.vocab_size,
+                ("embed", "vocab"),
+                initializer_range=config.initializer_range,
+                dtype=compute_dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
     def __call__(
         self,
@@ -154,7 +183,7 @@ class LanguageModel(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as for a call."""
+        """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as in a call."""
 
         def run(x: jax.Array, block_and_state: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, state = block_and_state
@@ -239,21 +268,19 @@ def mixer_options(config: ModelConfig, mixer: str) -> Any:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise ConfigError, in one sentence, if no model can be made of the config."""
+    """Raise ConfigError, in one sentence, if no model can be made of the config on the current mesh."""
     if config.vocab_size is None:
-        raise ConfigError("model.vocab_size=None must be known by now; take the tokeniser's")
+        raise ConfigError("model.vocab_size=None must be known by now; take the tokeniser's.")
     for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
         value = getattr(config, field)
         if value is not None and value < 1:
-            raise ConfigError(f"model.{field}={value} must be at least 1")
+            raise ConfigError(f"model.{field}={value} must be at least 1.")
     mixers = layer_mixers(config)
     if len(mixers) != config.num_layers:
-        raise ConfigError(f"model.mixer names {len(mixers)} layers and model.num_layers={config.num_layers}")
+        raise ConfigError(
+            f"model.mixer lists {len(mixers)} layers, which model.num_layers={config.num_layers} must be."
+        )
     for name in dict.fromkeys(mixers):
-        if name not in MIXERS:
-            near = difflib.get_close_matches(name, MIXERS, n=1)
-            cure = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(map(repr, MIXERS))}"
-            raise ConfigError(f"model.mixer={name!r} is unknown; {cure}")
+        check_one_of("model.mixer", name, tuple(MIXERS))
         MIXERS[name].check(config.hidden_size, config.num_heads, mixer_options(config, name))
-    if config.remat not in ("none", *REMAT_POLICIES):
-        raise ConfigError(f"model.remat={config.remat!r} is unknown; try one of 'none', 'full', 'dots'")
+    check_one_of("model.remat", config.remat, ("none", *REMAT_POLICIES))

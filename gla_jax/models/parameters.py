@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gla_jax.config import ConfigError, DtypeConfig, ModelConfig
+from gla_jax.config import DtypeConfig, ModelConfig
+from gla_jax.layers.check import check_divides
 from gla_jax.models.language_model import LanguageModel
 from gla_jax.parallel.sharding import RULES, axis_size, in_mesh, named_sharding
 
@@ -42,7 +43,7 @@ def abstract_model(config: ModelConfig, dtype: DtypeConfig) -> tuple[Any, Params
     """
     graphdef, state = nnx.split(jax.eval_shape(lambda: _make(config, dtype, jax.random.key(0))))
     for path, variable in nnx.to_flat_state(state):
-        _check_divides("/".join(path), variable.shape, _axes(variable))
+        _check_divides("/".join(map(str, path)), variable.shape, _axes(variable))
     place = lambda variable: jax.ShapeDtypeStruct(
         variable.shape, variable.dtype, sharding=named_sharding(*_axes(variable))
     )
@@ -118,14 +119,12 @@ def _make(config: ModelConfig, dtype: DtypeConfig, key: jax.Array) -> LanguageMo
 
 
 def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """Return the logical axes of a parameter: the layer's own, and before them the one that layers are stacked along."""
+    """Return the logical axes of a parameter: before the layer's own the one that layers are stacked along."""
     own = variable.get_metadata().get("axes", ())
     return ("layers",) * (len(variable.shape) - len(own)) + tuple(own)
 
 
 def _check_divides(path: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
     for size, name in zip(shape, axes, strict=True):
-        if name is not None and size % axis_size(name):
-            raise ConfigError(
-                f"mesh.{'*'.join(RULES[name])}={axis_size(name)} does not divide the {name!r} axis of {path}, {size}"
-            )
+        if name is not None and axis_size(name) > 1:
+            check_divides(f"mesh.{'*'.join(RULES[name])}", axis_size(name), f"the {name!r} axis of {path}", size)

@@ -1,8 +1,8 @@
 """Where every array lies: logical axis names, and the one table that maps them to mesh axes.
 
-Layers name the axes of what they compute and of the parameters they own ("batch", "heads", ...) and know nothing of the
-mesh. This module alone knows which mesh axis serves which name. Outside a mesh (a notebook, a quick test) every function
-here is the identity, so the same layer runs anywhere.
+Layers name the axes of what they compute and of the parameters they own ("batch", "heads", ...) and know nothing of
+the mesh. This module alone knows which mesh axis serves which name. Outside a mesh (a notebook, a quick test) every
+function here is the identity, so the same layer runs anywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -10,6 +10,7 @@ from gla_jax.parallel.sharding import axis_size, max_shards, per_shard, shard_in
 CHUNK_LOGITS = 2**26
 """Logits, in float32, that a device holds at a time unless told otherwise: 256 MiB."""
 
+SUMS = ("nll", "z_loss", "weight", "correct")
 Sums = dict[str, jax.Array]
 
 
@@ -86,20 +87,19 @@ def _total(sums: Sums) -> jax.Array:
 
 def _sweep(z_loss, chunk_tokens, with_gradients, hidden, head, targets, weights):
     """Return the sums and, if asked for, the gradients of their total in hidden, head and weights."""
-    tokens, total = ("batch", "time"), ()
-    names = ("nll", "z_loss", "weight", "correct")
+    tokens = ("batch", "time")
     gradient_axes = ((*tokens, None), ("embed", "vocab"), tokens) if with_gradients else None
     run = per_shard(
         functools.partial(_local_sweep, z_loss, chunk_tokens, with_gradients),
         ((*tokens, None), (None, "vocab"), tokens, tokens),
-        ({name: total for name in names}, gradient_axes),
+        (dict.fromkeys(SUMS, ()), gradient_axes),
     )
     return run(hidden, head.astype(hidden.dtype), targets, weights)
 
 
 def _local_sweep(z_loss, chunk_tokens, with_gradients, hidden, head, targets, weights):
     """Do the work of `_sweep` on one device's tokens and its part of the vocabulary."""
-    batch_size, length, features = hidden.shape
+    batch_size, length, _ = hidden.shape
     count = batch_size * length
     chunks = -(-count // chunk_tokens)
     chunk_tokens = -(-count // chunks)
@@ -136,12 +136,13 @@ def _local_sweep(z_loss, chunk_tokens, with_gradients, hidden, head, targets, we
         d_head += jnp.dot(hidden.T, d_logits, preferred_element_type=jnp.float32)
         return (sums, d_head), (d_hidden.astype(hidden.dtype), nll + penalty)
 
-    sums = {name: jnp.zeros((), jnp.float32) for name in ("nll", "z_loss", "weight", "correct")}
+    sums = {name: jnp.zeros((), jnp.float32) for name in SUMS}
     d_head = jnp.zeros(head.shape, jnp.float32) if with_gradients else None
     (sums, d_head), per_token = jax.lax.scan(score, (sums, d_head), (split(hidden), split(targets), split(weights)))
     sums = {name: sum_shards(x, "batch", "time") for name, x in sums.items()}
     if not with_gradients:
         return sums, None
+    assert d_head is not None
     d_hidden, d_weights = per_token
     d_head = sum_shards(d_head, "batch", "time", scatter={0: "embed"})
     return sums, (join(d_hidden), d_head, join(d_weights))
