@@ -12,6 +12,7 @@ A file appears under its name only when it is complete, and its length follows f
 short is recognised.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -62,7 +63,8 @@ class TokenWriter:
         self.tokens = 0
         self.bytes = 0
         self._path = path
-        self._partial = path.with_name(path.name + ".partial")
+        # With the process in its name, so that a worker that outlives a killed parent writes into no one's file.
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         self._tokenizer = tokenizer
         self._dtype = _dtype(tokenizer.vocab_size)
         self._starts = array("q")
@@ -112,8 +114,9 @@ class TokenWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._file.close()
-            self._partial.unlink()
+            with contextlib.suppress(OSError):  # on a full disk closing fails like the write did
+                self._file.close()
+            self._partial.unlink(missing_ok=True)
             return
         self._mark()
         self._file.write(bytes(-self._file.tell() % 8))

@@ -239,6 +239,35 @@ def load_tokenizer(name: str) -> Tokenizer:
     return HuggingFaceTokenizer(name) if name.endswith(".json") else SentencePieceTokenizer(name)
 
 
+def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
+    """Train a byte-level BPE and write it as a tokenizer.json.
+
+    Args:
+        texts: what to train on.
+        size: entries at most; a small text gives fewer.
+        path: the file to write.
+
+    Raises:
+        ConfigError: if size has no room for 256 bytes and the end of document.
+    """
+    if size < 257:
+        raise ConfigError(f"A tokenizer of {size} ids is too small: 256 are bytes and one ends documents.")
+    library = _import("tokenizers", str(path))
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    partial = path.with_name(path.name + ".partial")
+    tokenizer.save(str(partial))
+    os.replace(partial, path)
+
+
 def _import(library: str, path: str) -> Any:
     try:
         return __import__(library)
