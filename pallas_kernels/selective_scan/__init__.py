@@ -1,0 +1,5 @@
+"""Mamba's selective scan (arXiv 2312.00752): a diagonal recurrence whose step size, input and output map depend on x."""
+
+from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan, selective_scan_step
+
+__all__ = ["IMPLEMENTATIONS", "selective_scan", "selective_scan_step"]
