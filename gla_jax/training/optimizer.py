@@ -1,0 +1,45 @@
+"""AdamW (arXiv 1711.05101) and the learning rate's course."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gla_jax.config import OptimizerConfig
+from gla_jax.models import decay_mask
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the number of updates made so far.
+
+    It rises linearly from `final_learning_rate` to the peak within `warmup_steps`, and ends at `final_learning_rate`:
+    after half a cosine ("cosine"), after a stable stretch and a linear fall ("wsd"), or it stays ("constant").
+    """
+    peak, final = config.learning_rate, config.final_learning_rate
+
+    def schedule(step: jax.Array) -> jax.Array:
+        rise = jnp.clip(step / max(config.warmup_steps, 1), 0, 1)
+        if config.schedule == "constant":
+            fall = 0.0
+        elif config.schedule == "wsd":
+            start = steps * (1 - config.decay_fraction)
+            fall = jnp.clip((step - start) / (steps - start), 0, 1)
+        else:
+            progress = jnp.clip((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0, 1)
+            fall = (1 - jnp.cos(jnp.pi * progress)) / 2
+        return final + (peak - final) * jnp.minimum(rise if config.warmup_steps else 1.0, 1 - fall)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Return AdamW after clipping by the global norm; weight decay is applied to `decay_mask` alone."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+        mu_dtype=jnp.float32,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

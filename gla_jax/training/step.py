@@ -1,0 +1,98 @@
+"""One update of the parameters: loss, gradients, optimiser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gla_jax.config import Config
+from gla_jax.models import bind
+from gla_jax.training.loss import cross_entropy
+from gla_jax.training.optimizer import make_schedule
+from gla_jax.training.state import Params, TrainState, to_float32
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTransformation) -> TrainStep:
+    """Return the compiled step (state, batch) -> (state, metrics), which gives its first argument's memory up.
+
+    Args:
+        config: the run.
+        graphdef: of `gla_jax.models.abstract_model`.
+        optimizer: of `gla_jax.training.optimizer.make_optimizer`.
+
+    Returns:
+        A function of the state and a batch of arrays [B, T]: inputs, targets, segment_ids, positions, weights. The
+        metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate, and z_loss.
+    """
+    schedule = make_schedule(config.optimizer, config.steps)
+
+    def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+        model = bind(graphdef, params)
+        hidden, _ = model.hidden_states(
+            batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        return cross_entropy(
+            hidden, model.head_matrix(), batch["targets"], batch["weights"], z_loss=config.optimizer.z_loss
+        )
+
+    def total_gradient(params: Params, batch: Batch) -> tuple[Params, Metrics]:
+        gradient, sums = jax.grad(total_loss, has_aux=True)(params, batch)
+        return to_float32(gradient), sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Sums over tokens, divided once at the end, weigh every token alike, whichever microbatch it came in.
+        if config.optimizer.accumulation_steps == 1:
+            gradient, sums = total_gradient(state.params, batch)
+        else:
+            microbatches = split_rows(batch, config.optimizer.accumulation_steps)
+            zeros = jax.tree.map(
+                jnp.zeros_like, jax.eval_shape(total_gradient, state.params, jax.tree.map(lambda x: x[0], microbatches))
+            )
+            add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(state.params, batch)), None)
+            (gradient, sums), _ = jax.lax.scan(add, zeros, microbatches)
+        tokens = jnp.maximum(sums["weight"], 1)
+        gradient = jax.tree.map(lambda x: x / tokens, gradient)
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = config.optimizer.ema_decay
+            ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
+        metrics = {
+            "loss": sums["nll"] / tokens,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": schedule(state.step),
+        }
+        if config.optimizer.z_loss:
+            metrics["z_loss"] = sums["z_loss"] / tokens
+        return TrainState(state.step + 1, params, opt_state, state.rng, ema), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: Any) -> Callable[[Params, Batch], Metrics]:
+    """Return the compiled function from parameters and a batch to the sums of `cross_entropy`."""
+
+    def eval_step(params: Params, batch: Batch) -> Metrics:
+        model = bind(graphdef, params)
+        hidden, _ = model.hidden_states(
+            batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        return cross_entropy(hidden, model.head_matrix(), batch["targets"], batch["weights"])[1]
+
+    return jax.jit(eval_step)
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """Return [parts, B / parts, T] for every array [B, T]: row i goes to part i % parts.
+
+    Consecutive rows lie on one device, so every part has rows on all devices and nothing moves between them.
+    """
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
