@@ -1,0 +1,191 @@
+"""Checkpoints on disk, by Orbax: written in the background, complete or not there at all, readable on any mesh.
+
+A checkpoint is a folder named by its step, with the items `params`, `ema` (if the run keeps one), `optimizer` (its
+state, the step, the rng) and `data` (where the pipeline stands, and its fingerprint). Orbax writes it under another name
+and renames it at the end, so that one half written is never found. A list of file sizes goes in just before that, by
+which one that lost something later is known.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from gla_jax.config import CheckpointConfig, ConfigError
+from gla_jax.training.state import Params, TrainState
+
+_SIZES = "file_sizes.json"
+_DIGITS = 8
+
+
+class CheckpointWriter:
+    """Saves checkpoints, and deletes all but the newest few and the best by evaluation loss.
+
+    Args:
+        folder: where they go; made if need be.
+        config: how many to keep.
+        start: step that training goes on from. Checkpoints of later steps, which could not be read or training would
+            go on from them, are set aside under another name.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, *, start: int):
+        self._folder = folder
+        if jax.process_index() == 0:
+            for step in _steps(folder):
+                if step > start:
+                    path = _path(folder, step)
+                    path.rename(_unused(path.with_name(f"unreadable-{path.name}")))
+        multihost_utils.sync_global_devices("checkpoints set aside")
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(config.keep), BestN(n=1, get_metric_fn=lambda metrics: -metrics["eval_loss"])]
+                ),
+                best_fn=lambda metrics: metrics["eval_loss"],  # has Orbax store them, so that later runs can compare
+                step_format_fixed_length=_DIGITS,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_sizes),
+            ),
+        )
+
+    def save(self, state: TrainState, *, step: int, data_fingerprint: str, eval_loss: float | None = None) -> None:
+        """Copy a state off the devices and write it in the background; wait first for the one before.
+
+        Args:
+            state: what to save; may be given up as soon as this returns.
+            step: its step.
+            data_fingerprint: of the pipeline, whose next batch is that of this step.
+            eval_loss: held-out loss of this very state, if it was evaluated.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(_optimizer_item(state)),
+            "data": ocp.args.JsonSave({"fingerprint": data_fingerprint, "next_step": step}),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.close()
+
+    def _write_sizes(self) -> None:
+        """Complete a checkpoint that is about to be renamed; Orbax calls this."""
+        if jax.process_index() == 0:
+            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                (unfinished / _SIZES).write_text(json.dumps(_file_sizes(unfinished)))
+
+
+def restore_state(
+    folder: Path, abstract: TrainState, log: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """Read the newest checkpoint that is whole.
+
+    Args:
+        folder: of a `CheckpointWriter`; it need not exist.
+        abstract: shapes, dtypes and shardings to read into.
+        log: called with a sentence for every newer checkpoint that cannot be read.
+
+    Returns:
+        The state and the item `data`, or None if there is no checkpoint at all.
+
+    Raises:
+        ConfigError: no checkpoint can be read, though there are some.
+    """
+    targets = {
+        "params": ocp.args.StandardRestore(abstract.params),
+        "optimizer": ocp.args.StandardRestore(_optimizer_item(abstract)),
+        "data": ocp.args.JsonRestore(),
+    }
+    if abstract.ema is not None:
+        targets["ema"] = ocp.args.StandardRestore(abstract.ema)
+    items = _read_newest(folder, lambda _: targets, log)
+    if items is None:
+        return None
+    return TrainState(params=items["params"], ema=items.get("ema"), **items["optimizer"]), items["data"]
+
+
+def restore_params(folder: Path, abstract: Params, log: Callable[[str], None]) -> tuple[Params, int]:
+    """Read the parameters that the newest whole checkpoint would be evaluated with: the moving average if it has one.
+
+    Args:
+        folder: of a `CheckpointWriter`.
+        abstract: shapes, dtypes and shardings to read into.
+        log: called with a sentence for every newer checkpoint that cannot be read.
+
+    Returns:
+        The parameters and their step.
+
+    Raises:
+        ConfigError: there is no checkpoint that can be read.
+    """
+    name = lambda path: "ema" if (path / "ema").is_dir() else "params"
+    targets = lambda path: {name(path): ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+    items = _read_newest(folder, targets, log)
+    if items is None:
+        raise ConfigError(f"{folder} holds no checkpoint yet.")
+    return items.get("ema") or items["params"], items["data"]["next_step"]
+
+
+def _read_newest(
+    folder: Path, targets: Callable[[Path], dict[str, Any]], log: Callable[[str], None]
+) -> Mapping[str, Any] | None:
+    steps = _steps(folder)
+    for step in reversed(steps):
+        path = _path(folder, step)
+        try:
+            _check_sizes(path)
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+                return reader.restore(path, args=ocp.args.Composite(**targets(path)))
+        except Exception as error:  # whatever a damaged file may raise
+            reason = str(error).strip().splitlines()[0][:200]
+            log(f"Checkpoint {step} cannot be read ({reason}); trying the one before.")
+    if steps:
+        raise ConfigError(f"{folder} holds {len(steps)} checkpoints, none of which can be read: {reason}")
+    return None
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "step": state.step, "rng": state.rng}
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"{step:0{_DIGITS}}"
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
+
+
+def _unused(path: Path) -> Path:
+    return next(
+        candidate for number in itertools.count() if not (candidate := path.with_name(f"{path.name}.{number}")).exists()
+    )
+
+
+def _file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the size of every file of the items; Orbax still adds files of its own to the folder itself."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.parent != checkpoint)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_sizes(checkpoint: Path) -> None:
+    listed = checkpoint / _SIZES
+    if not listed.exists():
+        raise OSError(f"{_SIZES} is missing")
+    expected, found = json.loads(listed.read_text()), _file_sizes(checkpoint)
+    for name, size in expected.items():
+        if found.get(name) != size:
+            raise OSError(f"{name} has {found.get(name, 0):,} of {size:,} bytes")
