@@ -17,11 +17,19 @@ on the left is therefore a segment of its own and needs nothing else. `positions
 
 from typing import Any
 
+from gla_jax.layers.attention import Attention
 from gla_jax.layers.gated_linear_attention import GatedLinearAttention
+from gla_jax.layers.linear_attention import LinearAttention
+from gla_jax.layers.mamba import Mamba
+from gla_jax.layers.retention import Retention
 
 MIXERS: dict[str, Any] = {
     "gla": GatedLinearAttention,
+    "attention": Attention,
+    "retention": Retention,
+    "linear_attention": LinearAttention,
+    "mamba": Mamba,
 }
 """Every sequence mixer by its name in `model.mixer`."""
 
-__all__ = ["MIXERS", "GatedLinearAttention"]
+__all__ = ["MIXERS", "Attention", "GatedLinearAttention", "LinearAttention", "Mamba", "Retention"]

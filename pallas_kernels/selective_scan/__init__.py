@@ -1,4 +1,4 @@
-"""Mamba's selective scan (arXiv 2312.00752): a diagonal recurrence whose step size, input and output map depend on x."""
+"""Mamba's selective scan (arXiv 2312.00752): a diagonal recurrence whose step size, writes and reads depend on x."""
 
 from pallas_kernels.selective_scan.api import IMPLEMENTATIONS, selective_scan, selective_scan_step
 

@@ -171,7 +171,9 @@ def _checked(x, delta, A, B, C, D, initial_state, segment_ids, chunk_size, *, st
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}; it must be {shape}, to go with x {x.shape}, A {A.shape}.")
+            raise ValueError(
+                f"{name} has shape {array.shape}; it must be {shape}, to go with x {x.shape}, A {A.shape}."
+            )
     for name, array in {"x": x, "A": A, "delta": delta, "B": B, "C": C, "D": D}.items():
         if array is not None and array.dtype not in _FLOATS:
             floats = ", ".join(jnp.dtype(dtype).name for dtype in _FLOATS)

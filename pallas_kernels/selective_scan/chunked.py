@@ -10,7 +10,7 @@ as a second associative scan from the end.
 import jax
 import jax.numpy as jnp
 
-DEFAULT_CHUNK_SIZE = 64
+DEFAULT_CHUNK_SIZE = 32
 
 
 def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
