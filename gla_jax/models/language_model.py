@@ -61,7 +61,7 @@ class Embedding(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then, if `intermediate_size` is not 0, x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, mixer: str, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         norm = functools.partial(
@@ -78,15 +78,17 @@ class Block(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.mlp_norm = norm()
-        self.mlp = SwiGLU(
-            config.hidden_size,
-            config.intermediate_size,
-            initializer_range=config.initializer_range,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.mlp_norm = self.mlp = nnx.data(None)
+        if config.intermediate_size != 0:
+            self.mlp_norm = norm()
+            self.mlp = SwiGLU(
+                config.hidden_size,
+                config.intermediate_size,
+                initializer_range=config.initializer_range,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
     def __call__(
         self, x: jax.Array, state: Any, *, segment_ids: jax.Array | None, positions: jax.Array | None
@@ -94,7 +96,14 @@ class Block(nnx.Module):
         """Map x [B, T, D] to [B, T, D] and the mixer's state to the next."""
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), state
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Return the FLOPs of the forward pass for one token."""
+        mlp = 0.0 if self.mlp is None else self.mlp.flops_per_token()
+        return self.mixer.flops_per_token(context_length) + mlp
 
 
 class LanguageModel(nnx.Module):
@@ -225,11 +234,7 @@ class LanguageModel(nnx.Module):
         Matrix products of parameters and the mixers' own; nothing for look-ups, norms, recomputation.
         """
         head = 2.0 * self.hidden_size * self.vocab_size
-        blocks = ((count, getattr(self, name)) for name, _, count in self.groups)
-        return head + sum(
-            count * (block.mixer.flops_per_token(context_length) + block.mlp.flops_per_token())
-            for count, block in blocks
-        )
+        return head + sum(count * getattr(self, name).flops_per_token(context_length) for name, _, count in self.groups)
 
     @property
     def parameter_count(self) -> int:
@@ -271,10 +276,11 @@ def check(config: ModelConfig) -> None:
     """Raise ConfigError, in one sentence, if no model can be made of the config on the current mesh."""
     if config.vocab_size is None:
         raise ConfigError("model.vocab_size=None must be known by now; take the tokeniser's.")
-    for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+    least = {"vocab_size": 1, "hidden_size": 1, "num_layers": 1, "num_heads": 1, "intermediate_size": 0}
+    for field, smallest in least.items():
         value = getattr(config, field)
-        if value is not None and value < 1:
-            raise ConfigError(f"model.{field}={value} must be at least 1.")
+        if value is not None and value < smallest:
+            raise ConfigError(f"model.{field}={value} must be at least {smallest}.")
     mixers = layer_mixers(config)
     if len(mixers) != config.num_layers:
         raise ConfigError(
