@@ -1,0 +1,59 @@
+"""Sample text from a trained model.
+
+    python -m gla_jax.generate --workdir=DIR --prompt="In the beginning" --prompt="And it came to pass"
+
+Every prompt is continued `--samples` times, all in one batch. Prompts go to the output as they are, followed by what the
+model adds, so that one sample can be piped on.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
+_PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat the flag to continue several at once.")
+_SAMPLES = flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens to add at the most.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Below 1 sharpens, 0 takes the likeliest token.", lower_bound=0.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many of the likeliest tokens only; 0: from all.", lower_bound=0)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw from the likeliest tokens that together have this probability only.", upper_bound=1.0
+)
+_SEED = flags.DEFINE_integer("seed", 0, "The same seed gives the same text.")
+
+
+def main(_: list[str]) -> None:
+    """Load the model, continue the prompts, print."""
+    # Imported here so that --help and mistakes in flags answer at once.
+    from gla_jax.config import ConfigError
+    from gla_jax.data import load_tokenizer
+    from gla_jax.inference import generate
+    from gla_jax.loading import load_model
+    from gla_jax.training.workdir import read_config
+
+    try:
+        tokenizer = load_tokenizer(read_config(Path(_WORKDIR.value)).data.tokenizer)
+        model = load_model(_WORKDIR.value)
+        prompts = [prompt for prompt in _PROMPT.value for _ in range(_SAMPLES.value)]
+        continuations = generate(
+            model,
+            [[tokenizer.end_of_document, *tokenizer.encode(prompt)] for prompt in prompts],
+            max_tokens=_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            end_token=tokenizer.end_of_document,
+            seed=_SEED.value,
+        )
+    except (ConfigError, ValueError) as error:
+        print(f"gla_jax.generate: {error}", file=sys.stderr)
+        sys.exit(2)
+    for index, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
+        if len(prompts) > 1:
+            print(f"=== {index + 1} of {len(prompts)} ===")
+        print(prompt + tokenizer.decode(tokens), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
