@@ -131,8 +131,9 @@ def open_dataset(
     def train_batch(numbers: Sequence[int]) -> Batch:
         return make_batch([train[number] for number in numbers], tokenizer.end_of_document)
 
-    # A dataset of batches of b rows has process p's share of step n at n * process_count + p.
-    batches = order.batch(here_count, batch_fn=train_batch)[process_index::process_count]
+    # A dataset of batches of b rows has process p's share of step n at n * process_count + p. Nothing is dropped of an
+    # endless one; Grain only counts its batches in integers then, and not in floats that exceed an index.
+    batches = order.batch(here_count, drop_remainder=True, batch_fn=train_batch)[process_index::process_count]
     epoch = "without end" if math.isinf(steps_per_epoch) else f"{steps_per_epoch:,.0f} steps an epoch"
     return Data(
         tokenizer=tokenizer,

@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import glob
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -215,25 +214,29 @@ def _texts(files: Sequence[Path], settings: dict[str, Any]) -> Iterator[str]:
 
 
 def _plan(manifest: Manifest, files: Sequence[Path], workers: int) -> None:
-    """Check the inputs that the manifest lists, and add shards for the files that it does not."""
-    known = {file["path"]: file for shard in manifest.shards for file in shard.inputs}
-    needed = {file["path"] for shard in manifest.shards if shard.counts is None for file in shard.inputs}
-    now = {str(path): _describe(path) for path in files}
-    for name in needed.difference(now):
-        if not os.path.isfile(name):
-            raise ConfigError(f"{name} was an input of the run that is to be finished, and is gone.")
-        now[name] = _describe(Path(name))
-    for name, file in now.items():
-        if known.get(name, file) != file:
-            raise ConfigError(f"{name} has changed since it was tokenised or planned; choose another --output.")
+    """Keep the finished shards, let the unfinished ones follow the files, and add shards for new files."""
+    given = {str(path): _describe(path) for path in files}
+    planned: set[str] = set()
+    for shard in manifest.shards:
+        names = [file["path"] for file in shard.inputs]
+        planned.update(names)
+        if shard.counts is None:
+            # Whatever was wrong with a file may have been mended, or the file taken away.
+            shard.inputs = [given[name] for name in names if name in given]
+        for file in shard.inputs:
+            if given.get(file["path"], file) != file:
+                raise ConfigError(f"{file['path']} has changed since it was tokenised; choose another --output.")
+    manifest.shards = [shard for shard in manifest.shards if shard.inputs]
 
-    new = [file for name, file in now.items() if name not in known]
+    new = [file for name, file in given.items() if name not in planned]
     limit = min(SHARD_BYTES, -(-sum(file["size"] for file in new) // workers))
+    number = max((int(shard.file.split(".")[0]) for shard in manifest.shards), default=-1)
     group: list[dict[str, Any]] = []
     for file in new:
         group.append(file)
         if sum(member["size"] for member in group) >= limit or file is new[-1]:
-            manifest.shards.append(Shard(f"{len(manifest.shards):05d}.tokens", group))
+            number += 1
+            manifest.shards.append(Shard(f"{number:05d}.tokens", group))
             group = []
 
 
@@ -258,20 +261,23 @@ def _make(
     # Processes are spawned: a fork would copy the locks of the tokenisers' threads.
     context = multiprocessing.get_context("spawn")
     read = context.Value("d", 0.0)
-    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, read))
-    try:
+    others = set(multiprocessing.active_children())
+    with futures.ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, read)) as pool:
         waiting = {pool.submit(_work, shard, folder, settings): shard for shard in todo}
         shown = 0.0
-        while waiting:
-            finished, _ = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)
-            advance(read.value - shown)
-            shown = read.value
-            for future in finished:
-                yield waiting.pop(future), future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
+        try:
+            while waiting:
+                finished, _ = futures.wait(waiting, timeout=1, return_when=futures.FIRST_COMPLETED)
+                advance(read.value - shown)
+                shown = read.value
+                for future in finished:
+                    yield waiting.pop(future), future.result()
+        except futures.process.BrokenProcessPool:
+            raise ConfigError("A worker was killed, for want of memory perhaps; try fewer --workers.") from None
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # rather than wait for shards that may take minutes
+            raise
 
 
 def _make_shard(
