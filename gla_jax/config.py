@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import itertools
 import math
@@ -45,7 +46,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the embedding table as the output head."""
     intermediate_size: int | None = None
-    """Width of the SwiGLU; None: 8/3 D rounded up to a multiple of 256, as in the paper."""
+    """Width of the SwiGLU; None: 8/3 D rounded up to a multiple of 256, as in the paper; 0: no SwiGLU (Mamba)."""
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     remat: str = "none"
@@ -288,7 +289,7 @@ def describe() -> str:
     """Return a text with every field, its default and its meaning, for `--help`."""
     meanings = _meanings(_defaults(), "")
     return "\n".join(
-        f"  --config.{name}={value}".ljust(60) + meanings.get(name, "") for name, value in flat(_defaults()).items()
+        f"  --config.{name}={value} ".ljust(60) + meanings.get(name, "") for name, value in flat(_defaults()).items()
     )
 
 
@@ -321,7 +322,8 @@ def _hints(cls: type, prefix: str) -> dict[str, Any]:
 
 def _meanings(section: Any, prefix: str) -> dict[str, str]:
     """Return {dotted name: the docstring below the field}."""
-    body = ast.parse(inspect.getsource(type(section))).body[0].body  # type: ignore[attr-defined]
+    classes = [cls for cls in reversed(type(section).__mro__) if dataclasses.is_dataclass(cls)]
+    body = [line for cls in classes for line in ast.parse(inspect.getsource(cls)).body[0].body]  # type: ignore[attr-defined]
     meanings = {
         prefix + field.target.id: " ".join(below.value.value.split())
         for field, below in itertools.pairwise(body)
@@ -468,6 +470,9 @@ def _check(config: Config) -> None:
             f"optimizer.accumulation_steps={optimizer.accumulation_steps} does not divide data.batch_size="
             f"{config.data.batch_size}; try {nearest_divisors(optimizer.accumulation_steps, config.data.batch_size)}."
         )
+    project = config.log.wandb_project
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"log.wandb_project={project!r} needs the library wandb: pip install 'gla-jax[wandb]'.")
     from gla_jax.models.language_model import check as check_model  # not at the top: models import this module
 
     # The tokeniser, which is not open yet, may have to supply the size of the vocabulary.

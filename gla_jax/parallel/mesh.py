@@ -5,10 +5,12 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from gla_jax.config import ConfigError, MeshConfig
+from gla_jax.parallel.sharding import axis_size, named_sharding
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -24,7 +26,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ConfigError: the sizes do not fit the devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = axis_sizes(config, len(devices))
+    sizes = resolve_sizes(config, len(devices))
     explicit = (AxisType.Explicit,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -40,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices), tuple(sizes), explicit)
 
 
-def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
+def resolve_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     """Return the size of each axis, with -1 replaced by what is left of the devices.
 
     Raises:
@@ -59,8 +61,8 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
         sizes[wild[0]] = device_count // known
     elif wild:
         raise ConfigError(
-            f"mesh sizes {product}={known} do not divide the {device_count} devices, so mesh.{wild[0]}=-1 has no value; "
-            f"there are {device_count} devices to share out."
+            f"mesh sizes {product}={known} do not divide the {device_count} devices, so none are left for "
+            f"mesh.{wild[0]}=-1; use sizes whose product divides {device_count}."
         )
     elif known != device_count:
         raise ConfigError(
@@ -70,20 +72,79 @@ def axis_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
     return sizes
 
 
-def process_rows(sharding: NamedSharding, shape: tuple[int, int]) -> tuple[int, int]:
-    """Say which part of a batch's rows this process holds.
-
-    Processes whose devices hold the same rows (those of one tensor or sequence group) are given the same part.
+def check_batch(batch_size: int, sequence_length: int, accumulation_steps: int) -> None:
+    """Raise ConfigError if the current mesh cannot split batches evenly.
 
     Args:
-        sharding: of the batch, [B, T].
-        shape: (B, T).
+        batch_size: rows of all processes together.
+        sequence_length: tokens in a row.
+        accumulation_steps: microbatches that a batch is split into first.
+    """
+    parts = accumulation_steps * axis_size("batch")
+    if batch_size % parts:
+        below = batch_size // parts * parts
+        near = " or ".join(str(size) for size in (below, below + parts) if size)
+        raise ConfigError(
+            f"data.batch_size={batch_size} does not divide by mesh.data*mesh.fsdp={axis_size('batch')}"
+            + (f" times optimizer.accumulation_steps={accumulation_steps}" if accumulation_steps > 1 else "")
+            + f"; try {near}."
+        )
+    if sequence_length % axis_size("time"):
+        raise ConfigError(
+            f"data.sequence_length={sequence_length} does not divide by mesh.sequence={axis_size('time')}; "
+            f"try {sequence_length // axis_size('time') * axis_size('time')}."
+        )
+
+
+def process_rows(batch_size: int) -> tuple[int, int]:
+    """Say which part of a batch's rows this process holds on the current mesh.
+
+    Processes that hold the same rows (when a sequence or tensor group spans several) get the same part.
+
+    Args:
+        batch_size: rows of all processes together, B.
 
     Returns:
-        The index of the part, and the number of parts; all have the same size.
+        The index of the part, and how many there are; all have the same size.
     """
+    sharding = named_sharding("batch")
     held: dict[int, set[int]] = {}
-    for device, (rows, _) in sharding.devices_indices_map(shape).items():
-        held.setdefault(device.process_index, set()).update(range(*rows.indices(shape[0])))
+    for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def place_batch(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """Put this process's rows of a batch on its devices.
+
+    Args:
+        batch: arrays [b, T], the part of the rows that `process_rows` names.
+        batch_size: rows of all processes together, B.
+
+    Returns:
+        Arrays [B, T], laid out over the mesh.
+    """
+    sharding = named_sharding("batch", "time")
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def join_cluster(*, required: bool) -> None:
+    """Join the other processes of a cluster that JAX knows how to find (SLURM, Cloud TPU, Kubernetes, MPI).
+
+    To be called before anything else touches a device.
+
+    Args:
+        required: whether it is an error if there is no cluster.
+
+    Raises:
+        ConfigError: no cluster was found, though one is required.
+    """
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # "coordinator_address should be defined": nothing was found
+        if required:
+            raise ConfigError(f"--distributed=on, but no cluster was found: {error}") from None

@@ -1,9 +1,9 @@
 """Checkpoints on disk, by Orbax: written in the background, complete or not there at all, readable on any mesh.
 
 A checkpoint is a folder named by its step, with the items `params`, `ema` (if the run keeps one), `optimizer` (its
-state, the step, the rng) and `data` (where the pipeline stands, and its fingerprint). Orbax writes it under another name
-and renames it at the end, so that one half written is never found. A list of file sizes goes in just before that, by
-which one that lost something later is known.
+state, the step, the rng) and `data` (where the pipeline stands, and its fingerprint). Orbax writes it under another
+name and renames it at the end, so that one half written is never found. A list of file sizes goes in just before that,
+by which one that lost something later is known.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -77,9 +77,13 @@ class CheckpointWriter:
         metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Wait until everything is on disk, unless the user insists on leaving at once."""
+        if kind is not KeyboardInterrupt:
+            self._manager.close()
 
     def _write_sizes(self) -> None:
         """Complete a checkpoint that is about to be renamed; Orbax calls this."""

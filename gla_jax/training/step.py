@@ -34,9 +34,7 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
 
     def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
         model = bind(graphdef, params)
-        hidden, _ = model.hidden_states(
-            batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-        )
+        hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
         return cross_entropy(
             hidden, model.head_matrix(), batch["targets"], batch["weights"], z_loss=config.optimizer.z_loss
         )
@@ -82,9 +80,7 @@ def make_eval_step(graphdef: Any) -> Callable[[Params, Batch], Metrics]:
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         model = bind(graphdef, params)
-        hidden, _ = model.hidden_states(
-            batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"]
-        )
+        hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
         return cross_entropy(hidden, model.head_matrix(), batch["targets"], batch["weights"])[1]
 
     return jax.jit(eval_step)

@@ -1,0 +1,5 @@
+"""Evaluation: how well a model predicts text that it has not seen."""
+
+from gla_jax.evaluation.perplexity import EvalStep, evaluate
+
+__all__ = ["EvalStep", "evaluate"]

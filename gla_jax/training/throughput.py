@@ -1,0 +1,70 @@
+"""How fast training goes, and how fast the hardware could."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import jax
+
+PEAK_FLOPS = {
+    # Dense bfloat16 products per second of one `jax.Device`, from the vendors' data sheets, by the start of its kind.
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # what v5p calls itself
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the most bfloat16 FLOPs a second that such a device can do; None if it is not in the table."""
+    kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
+    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+class Throughput:
+    """Measures tokens per second, model FLOPs utilisation, and time spent waiting for data.
+
+    Args:
+        tokens_per_step: of all hosts together.
+        flops_per_token: of a training step, forward and backward.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float):
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * jax.device_count()
+        self.restart(None)
+
+    def restart(self, step: int | None) -> None:
+        """Measure from here on: `step` steps are done; None: what comes first is no steady step but a compilation."""
+        self._step, self._start, self._data_seconds = step, time.perf_counter(), 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time spent inside as waiting."""
+        start = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - start
+
+    def read(self, step: int) -> dict[str, float | None]:
+        """Return the figures since the last reading or restart, now that `step` steps are done, and begin anew."""
+        seconds = time.perf_counter() - self._start
+        rate = None if self._step is None else (step - self._step) * self._tokens_per_step / seconds
+        figures = {
+            "seconds": seconds,
+            "data_seconds": self._data_seconds,
+            "tokens_per_second": rate,
+            "mfu": None if rate is None or self._peak is None else rate * self._flops_per_token / self._peak,
+        }
+        self.restart(step)
+        return figures

@@ -1,0 +1,140 @@
+"""The folder of a run: who may use it, and what of it is kept when training goes on from an earlier step."""
+
+import fcntl
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from gla_jax.config import Config, ConfigError, as_dict, build, flat
+
+FREE_FIELDS = re.compile(
+    r"steps|init_from|(log|eval|checkpoint|mesh|profile|sample)\..*|data\.prefetch"
+    # These change how a step is computed, and its result by no more than rounding.
+    r"|model\.remat|optimizer\.accumulation_steps|model\.mixers\.\w+\.(implementation|chunk_size)"
+)
+"""Fields that may change when a run is resumed."""
+
+
+class Workdir:
+    """A run's folder and what lies where in it, locked against a second trainer while it is open.
+
+    Args:
+        path: made if need be.
+
+    Raises:
+        ConfigError: it cannot be written, another trainer has it, or it belongs to something else.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.timings = self.path / "timings.jsonl"
+        self.samples = self.path / "samples.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+        self._primary = jax.process_index() == 0  # the only process that writes here, but for checkpoints
+        if "://" in path:
+            raise ConfigError(f"--workdir={path} is an address; mount the bucket and give the mounted folder.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._primary:
+                self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (open for as long as the run)
+        except OSError as error:
+            raise ConfigError(f"--workdir={path} cannot be written: {error.strerror}.") from None
+        try:
+            if self._primary:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--workdir={path} is in use by another trainer.") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._primary:
+            self._lock.close()
+
+    def check_config(self, config: Config) -> None:
+        """Raise ConfigError if the folder belongs to a run whose config differs in more than `FREE_FIELDS`."""
+        if not self.config.exists():
+            if self.metrics.exists() or self.checkpoints.exists():
+                raise ConfigError(f"--workdir={self.path} has results but no config.json; use an empty folder.")
+            return
+        different = [
+            f"{name} ({old!r} there, {new!r} here)"
+            for name, old, new in differences(read_config(self.path), config)
+            if not FREE_FIELDS.fullmatch(name)
+        ]
+        if different:
+            raise ConfigError(
+                f"--workdir={self.path} belongs to a run with another {', '.join(different)}; use another folder, "
+                "with --config.init_from if it shall start with the parameters of this one."
+            )
+
+    def write_config(self, config: Config) -> None:
+        """Write config.json, which makes the folder this run's."""
+        if self._primary:
+            _replace_text(self.config, json.dumps(as_dict(config), indent=2) + "\n")
+
+    def require_space(self, size: int) -> None:
+        """Raise ConfigError if not even one checkpoint of so many bytes fits."""
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise ConfigError(
+                f"--workdir={self.path} has {free / 1e6:,.0f} MB left and a checkpoint takes {size / 1e6:,.0f} MB; "
+                "free some space or use another disk."
+            )
+
+    def rewind(self, step: int) -> None:
+        """Drop what was written about later steps, which training on from this one will write again."""
+        if not self._primary:
+            return
+        line = r'\{"step": (\d+).*\n'
+        for path, record in ((self.metrics, line), (self.timings, line), (self.samples, _SAMPLE)):
+            if path.exists():
+                kept = (match[0] for match in re.finditer(record, path.read_text()) if int(match[1]) <= step)
+                _replace_text(path, "".join(kept))
+
+    def add_sample(self, step: int, text: str) -> None:
+        """Append to samples.txt."""
+        if not self._primary:
+            return
+        with self.samples.open("a") as file:
+            file.write(f"=== step {step} ===\n{text.rstrip()}\n")
+
+
+_SAMPLE = r"=== step (\d+) ===\n(?:(?!=== step \d+ ===\n).*\n)*"
+
+
+def read_config(workdir: Path) -> Config:
+    """Return the config of a run from its folder.
+
+    Raises:
+        ConfigError: the folder is not a run's.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json.")
+    try:
+        return build(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is damaged: {error}.") from None
+
+
+def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, our value, their value) of every field in which two configs differ."""
+    left, right = flat(ours), flat(theirs)
+    return [(name, left.get(name), right.get(name)) for name in left | right if left.get(name) != right.get(name)]
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Write a file in one go: whoever reads it, or a crash, finds the old or the new text."""
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text(text)
+    temporary.replace(path)
