@@ -67,7 +67,8 @@ def init_params(config: ModelConfig, dtype: DtypeConfig, key: jax.Array) -> Para
     if in_mesh():
         # Initialisers know nothing of the mesh: the compiler carries the layout of the results back to them.
         init = jax.sharding.auto_axes(init, out_sharding=jax.tree.map(lambda leaf: leaf.sharding.spec, abstract))
-    return jax.jit(init)(key)
+    # Random numbers are slow to compile and run but once; the results are the same.
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 1})(key)
 
 
 def bind(graphdef: Any, params: Params) -> LanguageModel:
