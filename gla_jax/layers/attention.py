@@ -35,7 +35,7 @@ class AttentionOptions:
     window: int | None = None
     """A token sees so many tokens, itself included; None: all before it."""
     cache_length: int = 2048
-    """Tokens that a state has room for, padding included; with a window, which needs no more than itself, not used."""
+    """Tokens that a state has room for, padding included; not used with a window, whose size is enough."""
     implementation: str | None = None
     """"cudnn" or "xla"; None: cuDNN's flash attention where it serves, else XLA."""
 
