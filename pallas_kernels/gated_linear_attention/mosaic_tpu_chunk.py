@@ -1,27 +1,149 @@
-"""The algebra of one chunk that the TPU kernels share: cumulative gates, masks, and attention inside the chunk.
+"""The algebra of one chunk that the TPU kernels share: sizes, cumulative gates, masks, decays.
 
 Inside a chunk of C tokens let G_i be the cumulative log2 gate. The attention of row i on column j carries the decay
-2^(G_i - G_j) per channel, which a product of two tiles q 2^G and k 2^-G would give if 2^-G did not overflow. Two ways out:
+2^(G_i - G_j) per channel, which a product of two tiles q 2^G and k 2^-G would give if 2^-G did not overflow. Two
+ways out:
 
-- bounded: with the reference m in the middle of the chunk, D_i = G_i - G_m is small for every gate a trained layer produces,
-  and one pair of tiles, q 2^D and k 2^-D, serves the attention inside the chunk, the read of the state (kept as 2^{G_m} S)
-  and its update. Taken when |D| stays below `BOUND`, which the kernel reads off the data.
-- exact: dyadic levels s = 1, 2, 4, .. C/2. At level s the rows of the second half of each block of 2s tokens attend to the
-  columns of its first half, with the last row of the first half as the reference, so that no exponent is ever positive.
+- bounded: with the reference m in the middle of the chunk, D_i = G_i - G_m is small for every gate that a trained layer
+  produces, and one pair of tiles, q 2^D and k 2^-D, serves the attention inside the chunk, the read of the state
+  (kept as 2^{G_m} S) and its update. Taken where |D| stays below `BOUND`, which the kernel reads off the data,
+  chunk by chunk.
+- exact: dyadic levels s = 1, 2, 4, .. C/2. At level s the rows of the second half of each block of 2s tokens attend to
+  the columns of its first half, with the last row of the first half as the reference: no exponent is ever positive.
 
-Every exponent is a product of the gates with a matrix of zeros and ones, so bfloat16 gates are summed exactly (to float32) by
-one pass through the matrix unit, and float32 gates by three.
+Every exponent is a product of the gates with a matrix of zeros and ones, so bfloat16 gates are summed exactly (to
+float32) by one pass through the matrix unit, and float32 gates by three.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 LOG2E = 1.4426950408889634
 # |D| (log2) up to which the bounded form is used: each factor stays within 2^87, so tiles and their sums fit float32.
 BOUND = 87.0
-# A gate of -128 (natural log) already multiplies a float32 state by zero; -inf would turn 0 * -inf in a product into NaN.
+# A gate of -128 (natural log) already multiplies a float32 state by zero; -inf would turn 0 * -inf in a product
+# into NaN.
 LOWEST_GATE = -128.0
+# Of the 64 MiB of v5p and tpu7x; v5e and v6e have 128.
+VMEM_BYTES = 56 * 2**20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a kernel is built for; everything static.
+
+    A unit is the heads that share whole registers of 128 lanes: one head, or two where K or V is an odd multiple
+    of 64. The state of a unit of two heads is block diagonal, so that one product serves both.
+
+    Attributes:
+        scale: Multiplies the query.
+        chunk: C, tokens of one chunk.
+        step: Tokens of one grid step, a multiple of `chunk`.
+        heads: H, all heads.
+        units: Units of one grid step.
+        parts: Heads of one unit, 1 or 2.
+        key_dim: K.
+        value_dim: V.
+        dtype: What the matrix unit multiplies, bfloat16 or float32.
+        gate: "none", "scalar" ([.., 1]) or "channel" ([.., K]).
+        packed: Whether rows hold several documents.
+    """
+
+    scale: float
+    chunk: int
+    step: int
+    heads: int
+    units: int
+    parts: int
+    key_dim: int
+    value_dim: int
+    dtype: Any
+    gate: str
+    packed: bool
+
+    @property
+    def chunks(self) -> int:
+        """Return the chunks of one grid step."""
+        return self.step // self.chunk
+
+    @property
+    def block_heads(self) -> int:
+        """Return the heads of one grid step."""
+        return self.units * self.parts
+
+    @property
+    def unit_keys(self) -> int:
+        """Return the key lanes of one unit."""
+        return self.parts * self.key_dim
+
+    @property
+    def unit_values(self) -> int:
+        """Return the value lanes of one unit."""
+        return self.parts * self.value_dim
+
+    @property
+    def gate_width(self) -> int:
+        """Return the lanes of the gates of one grid step."""
+        return self.block_heads * (1 if self.gate == "scalar" else self.key_dim)
+
+    def rows(self, chunk: Any) -> Any:
+        """Return the rows of a chunk within the step."""
+        return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)
+
+    def keys(self, unit: int) -> slice:
+        """Return the key lanes of a unit within the step's block."""
+        return slice(unit * self.unit_keys, (unit + 1) * self.unit_keys)
+
+    def values(self, unit: int) -> slice:
+        """Return the value lanes of a unit within the step's block."""
+        return slice(unit * self.unit_values, (unit + 1) * self.unit_values)
+
+    def unit_gates(self, x: jax.Array, unit: int) -> jax.Array:
+        """Cut a unit out of [rows, gate_width]: [rows, unit_keys], or [rows, 1] for one head with a scalar gate."""
+        if self.gate == "channel":
+            return x[:, self.keys(unit)]
+        first = unit * self.parts
+        if self.parts == 1:
+            return x[:, first : first + 1]
+        lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], self.unit_keys), 1)
+        return jnp.where(lane < self.key_dim, x[:, first : first + 1], x[:, first + 1 : first + 2])
+
+    def part(self, x: jax.Array, index: int, width: int) -> jax.Array:
+        """Zero the lanes of a unit's tile [rows, parts * width] that belong to its other head."""
+        if self.parts == 1:
+            return x
+        lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where((lane < width) == (index == 0), x, jnp.zeros_like(x))
+
+    def diagonal(self, state: jax.Array) -> jax.Array:
+        """Zero what a product over a unit's lanes [unit_keys, unit_values] mixes between its heads."""
+        if self.parts == 1:
+            return state
+        row = lax.broadcasted_iota(jnp.int32, state.shape, 0)
+        lane = lax.broadcasted_iota(jnp.int32, state.shape, 1)
+        return jnp.where((row < self.key_dim) == (lane < self.value_dim), state, 0.0)
+
+    def load_state(self, ref: Any, unit: int) -> jax.Array:
+        """Read a unit's state out of a block [heads, K, V], as [unit_keys, unit_values] float32."""
+        if self.parts == 1:
+            return ref[unit].astype(jnp.float32)
+        first, second = ref[2 * unit].astype(jnp.float32), ref[2 * unit + 1].astype(jnp.float32)
+        zeros = jnp.zeros_like(first)
+        first, second = jnp.concatenate([first, zeros], axis=1), jnp.concatenate([zeros, second], axis=1)
+        return jnp.concatenate([first, second], axis=0)
+
+    def store_state(self, ref: Any, unit: int, state: jax.Array) -> None:
+        """Write a unit's state into a block [heads, K, V]."""
+        for i in range(self.parts):
+            rows = slice(i * self.key_dim, (i + 1) * self.key_dim)
+            columns = slice(i * self.value_dim, (i + 1) * self.value_dim)
+            ref[self.parts * unit + i] = state[rows, columns].astype(ref.dtype)
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -32,22 +154,25 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
 
 
 def split(x: jax.Array, terms: int) -> list[jax.Array]:
-    """Split float32 into `terms` bfloat16 arrays of 8 bits each that add up to it; 3 terms are exact."""
+    """Split float32 into bfloat16 terms that add up to it; three are exact."""
     parts = []
-    for _ in range(terms):
+    for _ in range(terms - 1):
         # Truncated by its bits: a round trip through bfloat16 may be optimised away as excess precision.
         bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
         part = lax.bitcast_convert_type(bits, jnp.float32)
         parts.append(part.astype(jnp.bfloat16))
         x = x - part
-    return parts
+    return [*parts, x.astype(jnp.bfloat16)]
 
 
 def dot01(weights: jax.Array, x: jax.Array, terms: int = 3) -> jax.Array:
-    """Multiply a float32 matrix of {-1, 0, 1} with x: exact products, float32 sums."""
+    """Multiply a matrix of -1, 0 and 1 with x [C, ..]: exact products of bfloat16 terms, float32 sums."""
     weights = weights.astype(jnp.bfloat16)
     parts = [x] if x.dtype == jnp.bfloat16 else split(x, terms)
-    return sum(dot(weights, part) for part in parts[1:]) + dot(weights, parts[0]) if len(parts) > 1 else dot(weights, x)
+    total = dot(weights, parts[-1])
+    for part in reversed(parts[:-1]):
+        total += dot(weights, part)
+    return total
 
 
 def iota(length: int, axis: int) -> jax.Array:
@@ -66,24 +191,111 @@ def causal(length: int) -> jax.Array:
 
 
 def middle_weights(length: int) -> jax.Array:
-    """Return W with W g = G - G_m, where m = C/2 - 1."""
+    """Return W with (W g)_i = G_i - G_m, where m = C/2 - 1."""
     return where01(causal(length)) - where01(iota(length, 1) < length // 2)
 
 
 def level_weights(length: int, level: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Return W and the mask of the dyadic level s = 2^level.
 
-    (W g) is, in a row i of a second half, the gate from the reference to i; in a row j of a first half, the gate after j up to
-    the reference. The mask holds the pairs (i, j) whose attention this level computes.
+    (W g) is, in a row i of a second half, the gate from the reference to i; in a row j of a first half, the gate
+    after j up to the reference. The mask holds the pairs (i, j) whose attention this level computes.
     """
     row, column = iota(length, 0), iota(length, 1)
-    block = row >> (level + 1) == column >> (level + 1)
-    row_second, column_second = (row >> level) & 1 == 1, (column >> level) & 1 == 1
-    reading = row_second & column_second & (column <= row)
-    written = ~row_second & ~column_second & (column > row)
-    return where01(block & (reading | written)), block & row_second & ~column_second
+    same_block = lax.shift_right_logical(row, level + 1) == lax.shift_right_logical(column, level + 1)
+    row_second = lax.shift_right_logical(row, level) & 1
+    column_second = lax.shift_right_logical(column, level) & 1
+    reading = (row_second == 1) & (column_second == 1) & (column <= row)
+    written = (row_second == 0) & (column_second == 0) & (column > row)
+    return where01(same_block & (reading | written)), same_block & (row_second > column_second)
 
 
-def column(row: jax.Array) -> jax.Array:
+def levels(length: int) -> int:
+    """Return the number of dyadic levels of a chunk, a power of two."""
+    return length.bit_length() - 1
+
+
+def to_column(row: jax.Array) -> jax.Array:
     """Turn a row [1, K] into a column [K, 1]."""
+    if row.shape[1] == 1:
+        return row
     return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """Turn a column [K, 1] into a row [1, K]."""
+    return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], 128)))[:1]
+
+
+def prepare_gates(sizes: Sizes, g_ref: Any, d_ref: Any, middle_ref: Any, flag_ref: Any) -> None:
+    """Compute for every chunk of the step, all heads at once, D, G_m, and a flag: 0 where the bounded form serves."""
+    weights = middle_weights(sizes.chunk)
+    for chunk in range(sizes.chunks):
+        g = g_ref[chunk * sizes.chunk : (chunk + 1) * sizes.chunk, :]
+        d = dot01(weights, g) * LOG2E
+        d_ref[chunk] = d
+        middle_ref[chunk, :1, :] = g[:1].astype(jnp.float32) * LOG2E - d[:1]
+        # D falls along the chunk: its first and last rows bound it. Compared such that NaN, from a gate of -inf,
+        # is unbounded.
+        inside = (d[:1] <= BOUND) & (d[sizes.chunk - 1 :] >= -BOUND)
+        flag_ref[chunk] = jnp.max(jnp.where(inside, 0.0, 1.0)).astype(jnp.int32)
+
+
+def exact_gates(sizes: Sizes, g_ref: Any, rows: Any, unit: int) -> Any:
+    """Return the function from weights [C, C] to their product with a unit's log2 gates."""
+    g = jnp.maximum(sizes.unit_gates(g_ref[rows, :].astype(jnp.float32), unit), LOWEST_GATE).astype(g_ref.dtype)
+    return lambda weights: dot01(weights, g) * LOG2E
+
+
+def when_unbounded(flag: jax.Array) -> Any:
+    """Run the exact form where the flag asks for it; a name of its own, so that an estimate can leave it out."""
+    return pl.when(flag != 0)
+
+
+def document_masks(run_ref: Any, rows: Any, length: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Say what a chunk's tokens may read, from the number of the document run that each belongs to.
+
+    Args:
+        run_ref: [3, step] float32: the run of each token, of the last token before its chunk, of the last of its chunk.
+        rows: The chunk's tokens.
+        length: C.
+
+    Returns:
+        pairs: [C, C], causal pairs within one document.
+        reads: [C, 1], tokens that still see the state from before the chunk.
+        writes: [C, 1], tokens that the state after the chunk still sees.
+        keeps: [1, 1], whether the state after the chunk still sees the state before it.
+    """
+    run = run_ref[:, rows]
+    of_token, before, last = run[:1], run[1:2, :1], run[2:3, :1]
+    of_row = to_column(of_token)
+    return causal(length) & (of_row == of_token), of_row == before, of_row == last, before == last
+
+
+def gate_specs(sizes: Sizes, time_index: Any) -> list[pl.BlockSpec]:
+    """Return how a grid step sees the gates: lanes of [B, T, H*K], or all of [B, H/h, T, h] for scalar gates."""
+    if sizes.gate == "none":
+        return []
+    if sizes.gate == "scalar":
+        return [pl.BlockSpec((None, None, sizes.step, sizes.block_heads), lambda b, h, t: (b, h, time_index(t), 0))]
+    return [pl.BlockSpec((None, sizes.step, sizes.gate_width), lambda b, h, t: (b, time_index(t), h))]
+
+
+def gate_scratch(sizes: Sizes) -> list[Any]:
+    """Return the scratch of `prepare_gates` (D, G_m, flags), and that of the decay that waits for the next chunk."""
+    return [
+        pltpu.VMEM((sizes.chunks, sizes.chunk, sizes.gate_width), jnp.float32),
+        pltpu.VMEM((sizes.chunks, 8, sizes.gate_width), jnp.float32),
+        pltpu.SMEM((sizes.chunks,), jnp.int32),
+        pltpu.VMEM((8, sizes.gate_width), jnp.float32),
+    ]
+
+
+def out_struct(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """Describe an output that varies over the same manual mesh axes as an input."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    """Return how every kernel here is compiled: rows and heads in any order, time in order."""
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)

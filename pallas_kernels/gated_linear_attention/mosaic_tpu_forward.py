@@ -1,6 +1,7 @@
-"""Forward TPU kernel: one pass over the tokens, the state of every head in VMEM."""
+"""Forward TPU kernel: one pass over the tokens, chunk by chunk, with the state of every head in VMEM."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,160 +10,204 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
-    BOUND,
-    LOG2E,
-    LOWEST_GATE,
+    Sizes,
     causal,
-    column,
+    compiler_params,
+    document_masks,
     dot,
-    dot01,
+    exact_gates,
+    gate_scratch,
+    gate_specs,
     iota,
     level_weights,
-    middle_weights,
+    levels,
+    out_struct,
+    prepare_gates,
+    to_column,
+    when_unbounded,
     where01,
 )
 
 
-def _forward_kernel(
-    *refs, scale, chunk, heads, key_dim, value_dim, dtype, gated, scalar_gate, packed, has_initial, save_states
-):
-    refs = list(refs)
-    q_ref, k_ref, v_ref = refs[:3]
-    refs = refs[3:]
-    g_ref = refs.pop(0) if gated else None
-    run_ref = refs.pop(0) if packed else None
-    initial_ref = refs.pop(0) if has_initial else None
-    out_ref, state_ref = refs[:2]
-    refs = refs[2:]
-    saved_ref = refs.pop(0) if save_states else None
-    d_ref, pending_ref = refs if gated else (None, None)
+def exact_attention(sizes: Sizes, q: jax.Array, k: jax.Array, g: Any, part: int) -> jax.Array:
+    """Return the attention [C, C] of one head inside a chunk, exact for every gate; zero above the diagonal.
 
-    step = pl.program_id(2)
-    chunks = q_ref.shape[0] // chunk
-    keys = [slice(h * key_dim, (h + 1) * key_dim) for h in range(heads)]
-    values = [slice(h * value_dim, (h + 1) * value_dim) for h in range(heads)]
+    Args:
+        sizes: The kernel's sizes.
+        q: [C, unit_keys] float32, scaled.
+        k: [C, unit_keys] float32.
+        g: Maps weights [C, C] to their product with the log2 gates.
+        part: Which head of the unit.
+    """
+    length = sizes.chunk
+    one = lambda x: sizes.part(x.astype(sizes.dtype), part, sizes.key_dim)
 
-    # The state of head h is 2^pending * state_ref[h]: the decay from the last reference to the end of the chunk is applied
-    # together with the next one.
-    @pl.when(step == 0)
-    def _():
-        state_ref[...] = initial_ref[...] if has_initial else jnp.zeros_like(state_ref)
+    def add_level(level: jax.Array, total: jax.Array) -> jax.Array:
+        weights, mask = level_weights(length, level)
+        decay = jnp.exp2(g(weights))
+        return total + jnp.where(mask, dot(one(q * decay), one(k * decay), (1, 1)), 0.0)
+
+    own = jnp.where(iota(length, 0) == iota(length, 1), dot(one(q), one(k), (1, 1)), 0.0)
+    return lax.fori_loop(0, levels(length), add_level, own)
+
+
+def _forward_kernel(*refs: Any, sizes: Sizes, has_initial: bool, save_states: bool) -> None:
+    refs_left = list(refs)
+
+    def take(wanted: bool = True) -> Any:
+        return refs_left.pop(0) if wanted else None
+
+    gated, length = sizes.gate != "none", sizes.chunk
+    q_ref, k_ref, v_ref = take(), take(), take()
+    g_ref, run_ref, initial_ref = take(gated), take(sizes.packed), take(has_initial)
+    out_ref, final_ref, saved_ref, state_ref = take(), take(), take(save_states), take()
+    d_ref, middle_ref, flag_ref, pending_ref = take(gated), take(gated), take(gated), take(gated)
+    load = lambda ref, rows, lanes: ref[rows, lanes].astype(jnp.float32)
+
+    # The state of a unit is 2^pending * state_ref: the decay from the last reference to the end of the chunk waits
+    # for the next one, so that the state is multiplied once per chunk.
+    def pending(unit: int) -> jax.Array:
+        return to_column(jnp.exp2(sizes.unit_gates(pending_ref[:1, :], unit)))
+
+    def true_state(unit: int) -> jax.Array:
+        return state_ref[unit] * pending(unit) if gated else state_ref[unit]
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        for unit in range(sizes.units):
+            initial = sizes.load_state(initial_ref, unit) if has_initial else jnp.zeros_like(state_ref[unit])
+            state_ref[unit] = initial
         if gated:
             pending_ref[...] = jnp.zeros_like(pending_ref)
 
     if save_states:
-        for h in range(heads):
-            state = state_ref[h]
+        for unit in range(sizes.units):
+            saved_ref[unit] = true_state(unit).astype(saved_ref.dtype)
+
+    def finish(rows: Any, unit: int, q: Any, k: Any, attention: Any, state: Any, kept: Any, masks: Any) -> None:
+        """Write a unit's output and its state after the chunk: `kept`, plus k^T v."""
+        v = v_ref[rows, sizes.values(unit)].astype(sizes.dtype)
+        out = dot(q, state.astype(sizes.dtype))
+        if masks:
+            _, reads, writes, keeps = masks
+            out, kept = jnp.where(reads, out, 0.0), jnp.where(keeps, kept, 0.0)
+            k = jnp.where(writes, k, jnp.zeros_like(k))
+        for part in range(sizes.parts):
+            out += dot(attention[part].astype(sizes.dtype), sizes.part(v, part, sizes.value_dim))
+        out_ref[rows, sizes.values(unit)] = out.astype(out_ref.dtype)
+        state_ref[unit] = kept + sizes.diagonal(dot(k, v, (0, 0)))
+
+    def bounded_chunk(chunk: Any) -> None:
+        rows = sizes.rows(chunk)
+        masks = document_masks(run_ref, rows, length) if sizes.packed else None
+        pairs = masks[0] if masks else causal(length)
+        for unit in range(sizes.units):
+            q, k = load(q_ref, rows, sizes.keys(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
+            state = state_ref[unit]
             if gated:
-                state = state * column(jnp.exp2(pending_ref[:1, keys[h]]))
-            saved_ref[h] = state.astype(saved_ref.dtype)
+                d = sizes.unit_gates(d_ref[chunk], unit)
+                q, k = q * jnp.exp2(d), k * jnp.exp2(-d)
+                before = sizes.unit_gates(pending_ref[:1, :] + middle_ref[chunk, :1, :], unit)
+                state = state * to_column(jnp.exp2(before))
+            q, k = q.astype(sizes.dtype), k.astype(sizes.dtype)
+            attention = [
+                jnp.where(pairs, dot(q, sizes.part(k, part, sizes.key_dim), (1, 1)), 0.0) for part in range(sizes.parts)
+            ]
+            finish(rows, unit, q, k, attention, state, state, masks)
+        if gated:
+            pending_ref[:1, :] = d_ref[chunk, length - 1 :, :]
 
-    def segments(rows):
-        """Return the masks of a packed chunk: pairs in one document, rows reading the state, rows kept, state kept."""
-        if not packed:
-            return None
-        runs = run_ref[:, rows]  # [2, C]: the run of each token, and of the last token before the chunk
-        return runs
+    def exact_chunk(chunk: Any) -> None:
+        rows = sizes.rows(chunk)
+        masks = document_masks(run_ref, rows, length) if sizes.packed else None
+        for unit in range(sizes.units):
+            q, k = load(q_ref, rows, sizes.keys(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
+            g = exact_gates(sizes, g_ref, rows, unit)
+            attention = [exact_attention(sizes, q, k, g, part) for part in range(sizes.parts)]
+            if masks:
+                attention = [jnp.where(masks[0], a, 0.0) for a in attention]
+            decay = g(where01(causal(length)))
+            q = (q * jnp.exp2(decay)).astype(sizes.dtype)
+            k = (k * jnp.exp2(g(where01(iota(length, 0) < iota(length, 1))))).astype(sizes.dtype)
+            state = true_state(unit)
+            finish(rows, unit, q, k, attention, state, state * to_column(jnp.exp2(decay[length - 1 :])), masks)
+        pending_ref[...] = jnp.zeros_like(pending_ref)
 
-    def tile(ref, rows, columns):
-        return ref[rows, columns].astype(jnp.float32)
+    def walk(chunk: Any, carry: None) -> None:
+        if not gated:
+            bounded_chunk(chunk)
+            return
+        flag = flag_ref[chunk]
+        pl.when(flag == 0)(lambda: bounded_chunk(chunk))
+        when_unbounded(flag)(lambda: exact_chunk(chunk))
 
-    def ungated_chunk(c):
-        rows = slice(c * chunk, (c + 1) * chunk)
-        mask = causal(chunk)
-        for h in range(heads):
-            q = (tile(q_ref, rows, keys[h]) * scale).astype(dtype)
-            k, v = k_ref[rows, keys[h]].astype(dtype), v_ref[rows, values[h]].astype(dtype)
-            attention = jnp.where(mask, dot(q, k, (1, 1)), 0.0).astype(dtype)
-            state = state_ref[h]
-            out_ref[rows, values[h]] = (dot(q, state.astype(dtype)) + dot(attention, v)).astype(out_ref.dtype)
-            state_ref[h] = state + dot(k, v, (0, 0))
+    if gated:
+        prepare_gates(sizes, g_ref, d_ref, middle_ref, flag_ref)
+    lax.fori_loop(0, sizes.chunks, walk, None)
 
-    def bounded_chunk(c):
-        rows = slice(c * chunk, (c + 1) * chunk)
-        mask = causal(chunk)
-        for h in range(heads):
-            d = d_ref[rows, keys[h]]
-            q = (tile(q_ref, rows, keys[h]) * (jnp.exp2(d) * scale)).astype(dtype)
-            k = (tile(k_ref, rows, keys[h]) * jnp.exp2(-d)).astype(dtype)
-            v = v_ref[rows, values[h]].astype(dtype)
-            attention = jnp.where(mask, dot(q, k, (1, 1)), 0.0).astype(dtype)
-            first = g_ref[rows, keys[h]][:1].astype(jnp.float32) * LOG2E - d[:1]
-            state = state_ref[h] * column(jnp.exp2(pending_ref[:1, keys[h]] + first))
-            out_ref[rows, values[h]] = (dot(q, state.astype(dtype)) + dot(attention, v)).astype(out_ref.dtype)
-            state_ref[h] = state + dot(k, v, (0, 0))
-            pending_ref[:1, keys[h]] = d[chunk - 1 :]
-
-    if not gated:
-        for c in range(chunks):
-            ungated_chunk(c)
-        return
-
-    weights = middle_weights(chunk)
-    unbounded = jnp.zeros((1, q_ref.shape[1]), jnp.float32)
-    for c in range(chunks):
-        rows = slice(c * chunk, (c + 1) * chunk)
-        d = dot01(weights, g_ref[rows, :]) * LOG2E
-        d_ref[rows, :] = d
-        # D falls along the chunk, so its first and last rows bound it. Compared so that NaN (a gate of -inf) is unbounded.
-        inside = (d[:1] <= BOUND) & (d[chunk - 1 :] >= -BOUND)
-        unbounded = jnp.maximum(unbounded, jnp.where(inside, 0.0, 1.0))
-    bounded = jnp.max(unbounded) == 0.0
-
-    @pl.when(bounded)
-    def _():
-        for c in range(chunks):
-            bounded_chunk(c)
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _():
-        for h in range(heads):
-            state_ref[h] = state_ref[h] * column(jnp.exp2(pending_ref[:1, keys[h]]))
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        for unit in range(sizes.units):
+            sizes.store_state(final_ref, unit, true_state(unit))
 
 
-def forward(q, k, v, g, *, heads, scale, chunk, step, head_block, interpret=False, vmem=64 * 2**20):
-    batch, time, key_width = q.shape
-    value_width = v.shape[2]
-    key_dim, value_dim = key_width // heads, value_width // heads
-    dtype = jnp.bfloat16
-    block = lambda width: pl.BlockSpec((None, step, head_block * width), lambda b, h, t: (b, t, h))
-    state_block = pl.BlockSpec((None, head_block, key_dim, value_dim), lambda b, h, t: (b, h, 0, 0))
-    gated = g is not None
-    args = [q, k, v] + ([g] if gated else [])
-    specs = [block(key_dim), block(key_dim), block(value_dim)] + ([block(key_dim)] if gated else [])
-    scratch = (
-        [pltpu.VMEM((step, head_block * key_dim), jnp.float32), pltpu.VMEM((8, head_block * key_dim), jnp.float32)]
-        if gated
-        else []
-    )
+def forward(
+    sizes: Sizes,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: Any,
+    run: Any,
+    initial: Any,
+    *,
+    save_states: bool,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """Run the forward kernel.
+
+    Args:
+        sizes: The kernel's sizes.
+        q: [B, T, H*K], T a multiple of the step.
+        k: [B, T, H*K].
+        v: [B, T, H*V].
+        g: None; [B, T, H*K]; or [B, H/h, T, h] for scalar gates, h heads of a grid step.
+        run: None, or [B, 3, T] float32 as `document_masks` wants it.
+        initial: None, or [B, H, K, V] float32.
+        save_states: Whether to write the state at the start of every grid step, for the backward pass.
+        interpret: As for `pallas_call`.
+
+    Returns:
+        out [B, T, H*V], final state [B, H, K, V] float32 and, if asked, states [B, T/step, units, unit_keys,
+        unit_values].
+    """
+    batch, time, _ = q.shape
+    blocks, steps = sizes.heads // sizes.block_heads, time // sizes.step
+    unit_state = (sizes.units, sizes.unit_keys, sizes.unit_values)
+    keys = pl.BlockSpec((None, sizes.step, sizes.units * sizes.unit_keys), lambda b, h, t: (b, t, h))
+    values = pl.BlockSpec((None, sizes.step, sizes.units * sizes.unit_values), lambda b, h, t: (b, t, h))
+    state = pl.BlockSpec((None, sizes.block_heads, sizes.key_dim, sizes.value_dim), lambda b, h, t: (b, h, 0, 0))
+    saved = pl.BlockSpec((None, None, *unit_state), lambda b, h, t: (b, t, h, 0, 0))
+    runs = pl.BlockSpec((None, 3, sizes.step), lambda b, h, t: (b, 0, t))
+    in_specs = [keys, keys, values, *gate_specs(sizes, lambda t: t)]
+    in_specs += [runs] * (run is not None) + [state] * (initial is not None)
+    out_shape = [
+        out_struct(v.shape, v.dtype, q),
+        out_struct((batch, sizes.heads, sizes.key_dim, sizes.value_dim), jnp.float32, q),
+    ]
+    if save_states:
+        shape = (batch, steps, blocks * sizes.units, sizes.unit_keys, sizes.unit_values)
+        out_shape.append(out_struct(shape, sizes.dtype, q))
+    scratch: list[Any] = [pltpu.VMEM(unit_state, jnp.float32)]
+    if sizes.gate != "none":
+        scratch += gate_scratch(sizes)
     return pl.pallas_call(
-        functools.partial(
-            _forward_kernel,
-            scale=scale,
-            chunk=chunk,
-            heads=head_block,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            dtype=dtype,
-            gated=gated,
-            scalar_gate=False,
-            packed=False,
-            has_initial=False,
-            save_states=False,
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct((batch, heads, key_dim, value_dim), jnp.float32),
-        ),
-        grid=(batch, heads // head_block, time // step),
-        in_specs=specs,
-        out_specs=(block(value_dim), state_block),
+        functools.partial(_forward_kernel, sizes=sizes, has_initial=initial is not None, save_states=save_states),
+        out_shape=out_shape,
+        grid=(batch, blocks, steps),
+        in_specs=in_specs,
+        out_specs=[values, state] + [saved] * save_states,
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem,
-            fuse_transposed_lhs_in_matmul=__import__("os").environ.get("FUSE") == "1",
-        ),
+        compiler_params=compiler_params(),
         interpret=interpret,
         name="gla_forward",
-    )(*args)
+    )(*[x for x in (q, k, v, g, run, initial) if x is not None])

@@ -1,0 +1,41 @@
+"""Tuned sizes of the kernels, by device kind and by the shape of the state.
+
+TPU sizes come from benchmarks/tpu_kernels.py, which compiles the candidates and ranks the compiler's estimates.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TpuBlockSizes:
+    """How a TPU kernel cuts its work.
+
+    Attributes:
+        chunk: C, tokens of one chunk.
+        step: Tokens of one grid step, at most.
+        heads: Heads of one grid step, at most.
+    """
+
+    chunk: int
+    step: int
+    heads: int
+
+    def halved(self) -> "TpuBlockSizes":
+        """Return the sizes for float32 inputs, of which VMEM holds half as many."""
+        return TpuBlockSizes(min(self.chunk, 128), max(128, self.step // 2), max(1, self.heads // 2))
+
+
+# From the device kind (its beginning) and (K, V) to the sizes; a smaller state takes those of the next larger entry.
+_TPU = {
+    "TPU": {(64, 64): (128, 512, 8), (128, 128): (128, 512, 4), (128, 256): (128, 512, 4), (256, 512): (128, 512, 2)},
+}
+
+
+def tpu_block_sizes(device_kind: str, key_dim: int, value_dim: int) -> TpuBlockSizes:
+    """Return the sizes for a TPU of this kind, or for any TPU if the kind is not in the table."""
+    kind = max((kind for kind in _TPU if device_kind.startswith(kind)), key=len, default="TPU")
+    table = sorted(_TPU[kind].items())
+    for (keys, values), sizes in table:
+        if key_dim <= keys and value_dim <= values:
+            return TpuBlockSizes(*sizes)
+    return TpuBlockSizes(128, 256, 1)

@@ -1,0 +1,221 @@
+"""Gated Linear Attention on TPUs: forward and backward kernels that carry the state in VMEM along time.
+
+The kernels see the arrays as they are, [B, T, H, K] viewed as [B, T, H*K], and take whole heads of 128 lanes out
+of them, so nothing is transposed in HBM. What the caller's shapes lack is padded here: T to whole chunks with
+gates and keys of zero, which leave the state untouched; K and V to multiples of 64.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_linear_attention.block_sizes import tpu_block_sizes
+from pallas_kernels.gated_linear_attention.mosaic_tpu_backward import backward
+from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import Sizes
+from pallas_kernels.gated_linear_attention.mosaic_tpu_forward import forward
+
+CHUNK_SIZES = (64, 128, 256)
+SMALLEST_DIM, LARGEST_DIM = 32, 1024
+# The state of one unit of heads, which VMEM holds several times over.
+LARGEST_STATE = 256 * 1024
+
+
+def unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    chunk_size: int | None,
+    interpret: Any,
+) -> str | None:
+    """Say in one sentence why these kernels do not serve a call, or None if they do.
+
+    Args:
+        query: [B, T, H, K].
+        key: [B, T, H_kv, K].
+        value: [B, T, H_kv, V].
+        log_decay: None, or broadcastable to [B, T, H_kv or H, K].
+        initial_state: None or [B, H, K, V] float32.
+        segment_ids: None or [B, T] int32.
+        chunk_size: None or C.
+        interpret: Whether the call is interpreted, on any backend.
+
+    Returns:
+        The reason, or None.
+    """
+    platform, kind = _device()
+    if not interpret and platform != "tpu":
+        return f"it needs a TPU, and the backend is {platform} ({kind}); use 'chunked', or interpret=True to try it."
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} is {x.dtype}; it must be bfloat16 or float32."
+    for name, dim in (("K", query.shape[-1]), ("V", value.shape[-1])):
+        if not SMALLEST_DIM <= dim <= LARGEST_DIM:
+            return f"{name} is {dim}; it must be from {SMALLEST_DIM} to {LARGEST_DIM}."
+    state = _padded_dim(query.shape[-1]) * _padded_dim(value.shape[-1])
+    if state > LARGEST_STATE:
+        return f"a state of K * V = {state} values is too large for VMEM; {LARGEST_STATE} is the most."
+    if chunk_size is not None and chunk_size not in CHUNK_SIZES:
+        return f"chunk_size is {chunk_size}; it must be None or one of {', '.join(map(str, CHUNK_SIZES))}."
+    return None
+
+
+def gated_linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    scale: float,
+    chunk_size: int | None,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the TPU kernels on a call that `unsupported` accepts.
+
+    Args:
+        query: [B, T, H, K].
+        key: [B, T, H_kv, K].
+        value: [B, T, H_kv, V].
+        log_decay: None, or broadcastable to [B, T, H_kv or H, K].
+        initial_state: None or [B, H, K, V] float32.
+        segment_ids: None or [B, T] int32.
+        scale: Multiplies the query.
+        chunk_size: None or C.
+        interpret: As for `pallas_call`.
+
+    Returns:
+        out: [B, T, H, V] in value's dtype.
+        final_state: [B, H, K, V] float32.
+    """
+    batch, time, heads, key_dim = query.shape
+    value_dim = value.shape[-1]
+    key_pad, value_pad = _padded_dim(key_dim) - key_dim, _padded_dim(value_dim) - value_dim
+    parts = 1 if (key_dim + key_pad) % 128 == 0 and (value_dim + value_pad) % 128 == 0 else 2
+    head_pad = heads % parts
+    sizes = _sizes(query, value, log_decay, segment_ids, scale, chunk_size, heads + head_pad, parts)
+    time_pad = -time % sizes.step
+
+    def spread(x: jax.Array) -> jax.Array:
+        """Give every query head its own copy of a key head."""
+        return jnp.repeat(x, heads // x.shape[2], axis=2) if x.shape[2] != heads else x
+
+    def lanes(x: jax.Array, dim_pad: int) -> jax.Array:
+        """Pad, and view [B, T, H, D] as [B, T, H*D]."""
+        if time_pad or head_pad or dim_pad:
+            x = jnp.pad(x, ((0, 0), (0, time_pad), (0, head_pad), (0, dim_pad)))
+        return x.reshape(batch, time + time_pad, -1)
+
+    q, k, v = lanes(query, key_pad), lanes(spread(key), key_pad), lanes(spread(value), value_pad)
+    g = None
+    if log_decay is not None:
+        if log_decay.dtype not in (jnp.bfloat16, jnp.float32):
+            log_decay = log_decay.astype(jnp.float32)
+        if log_decay.shape[2] != 1:
+            log_decay = spread(log_decay)
+        width = 1 if sizes.gate == "scalar" else key_dim
+        g = lanes(jnp.broadcast_to(log_decay, (batch, time, heads, width)), 0 if width == 1 else key_pad)
+        if sizes.gate == "scalar":
+            g = g.reshape(batch, -1, sizes.heads // sizes.block_heads, sizes.block_heads).transpose(0, 2, 1, 3)
+    initial = initial_state
+    if initial is not None and (head_pad or key_pad or value_pad):
+        initial = jnp.pad(initial, ((0, 0), (0, head_pad), (0, key_pad), (0, value_pad)))
+    run = None if segment_ids is None else _runs(segment_ids, time_pad, sizes.chunk)
+    out, final = _attend(sizes, interpret, q, k, v, g, run, initial)
+    out = out.reshape(batch, time + time_pad, sizes.heads, sizes.value_dim)[:, :time, :heads, :value_dim]
+    return out, final[:, :heads, :key_dim, :value_dim]
+
+
+def _device() -> tuple[str, str]:
+    """Return the platform and the kind of the devices that the program being traced is for."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.platform, described.device_kind
+    device = jax.devices()[0]
+    return device.platform, device.device_kind
+
+
+def _padded_dim(dim: int) -> int:
+    return -(-dim // 64) * 64
+
+
+def _sizes(
+    query: jax.Array,
+    value: jax.Array,
+    log_decay: Any,
+    segment_ids: Any,
+    scale: float,
+    chunk_size: Any,
+    heads: int,
+    parts: int,
+) -> Sizes:
+    """Choose what to compile for a call."""
+    key_dim, value_dim = _padded_dim(query.shape[-1]), _padded_dim(value.shape[-1])
+    narrow = query.dtype == value.dtype == jnp.bfloat16
+    tuned = tpu_block_sizes(_device()[1], key_dim, value_dim)
+    chunk = chunk_size or tuned.chunk
+    if not narrow:
+        tuned = tuned.halved()
+    units = math.gcd(heads // parts, max(1, tuned.heads // parts))
+    chunks = -(-query.shape[1] // chunk)
+    # The fewest chunks to walk, padding included, with a grid step costing about as much as half a chunk.
+    per_step = min(range(1, max(1, tuned.step // chunk) + 1), key=lambda n: -(-chunks // n) * (n + 0.5))
+    return Sizes(
+        scale=scale,
+        chunk=chunk,
+        step=chunk * per_step,
+        heads=heads,
+        units=units,
+        parts=parts,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=jnp.bfloat16 if narrow else jnp.float32,
+        gate="none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "channel",
+        packed=segment_ids is not None,
+    )
+
+
+def _runs(segment_ids: jax.Array, time_pad: int, chunk: int) -> jax.Array:
+    """Return [B, 3, T] float32: the run of each token, of the last one before its chunk, and of its chunk's last."""
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    run = jnp.pad(jnp.cumsum(changes, axis=1).astype(jnp.float32), ((0, 0), (1, 0)))
+    run = jnp.pad(run, ((0, 0), (0, time_pad)), mode="edge")
+    last = run[:, chunk - 1 :: chunk]
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
+    return jnp.stack([run, jnp.repeat(before, chunk, axis=1), jnp.repeat(last, chunk, axis=1)], axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    sizes: Sizes, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Run the forward kernel on padded arrays; see `forward` for their shapes."""
+    out, final = forward(sizes, q, k, v, g, run, initial, save_states=False, interpret=interpret)
+    return out, final
+
+
+def _attend_forward(sizes: Sizes, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any) -> Any:
+    out, final, saved = forward(sizes, q, k, v, g, run, initial, save_states=True, interpret=interpret)
+    # Residuals are arrays; whether there is an initial state is said by the structure alone.
+    return (out, final), (q, k, v, g, run, saved, None if initial is None else ())
+
+
+def _attend_backward(sizes: Sizes, interpret: Any, residuals: Any, gradients: Any) -> Any:
+    q, k, v, g, run, saved, marker = residuals
+    has_initial = marker is not None
+    dout, dfinal = gradients
+    grads = list(backward(sizes, q, k, v, g, run, saved, dout, dfinal, has_initial=has_initial, interpret=interpret))
+    dq, dk, dv = grads[:3]
+    dg = None if g is None else grads[3]
+    drun = None if run is None else jnp.zeros_like(run)
+    return dq, dk, dv, dg, drun, grads[-1] if has_initial else None
+
+
+_attend.defvjp(_attend_forward, _attend_backward, optimize_remat=True)
