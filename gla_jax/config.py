@@ -222,8 +222,9 @@ def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
         settings = get_config(*([argument] if argument else []))
     except AttributeError as error:
         # What a locked ConfigDict raises for a field that it lacks holds a KeyError, which quotes the name.
-        quoted = re.search(r"['\"]+(\w+)", str(error))
-        if not (error.args and isinstance(error.args[0], KeyError) and quoted):
+        inner = error.args[0] if error.args else None
+        quoted = re.search(r"['\"](\w+)['\"]", str(inner.args[0])) if isinstance(inner, KeyError) else None
+        if quoted is None:
             raise
         line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file][-1]
         raise _unknown_field(quoted[1], where=f"{file}, line {line}: ") from None
@@ -409,8 +410,9 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         if typing.get_origin(kind) is tuple:
             if isinstance(value, list | tuple) and all(isinstance(part, typing.get_args(kind)[0]) for part in value):
                 return tuple(value)
-        elif kind is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
+        elif kind is float:
+            if type(value) in (int, float) and math.isfinite(value):
+                return float(value)
         elif type(value) is kind:
             return value
     raise _wrong_type(name, value, hint)
