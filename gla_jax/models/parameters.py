@@ -61,14 +61,22 @@ def init_params(config: ModelConfig, dtype: DtypeConfig, key: jax.Array) -> Para
 
     Returns:
         A nested dict of arrays, e.g. params["layers"]["mixer"]["query"]["kernel"].
+
+    Raises:
+        ConfigError: as `abstract_model`.
     """
+    return initialiser(config, dtype)(key)
+
+
+def initialiser(config: ModelConfig, dtype: DtypeConfig) -> Any:
+    """Return the jitted function of a key that `init_params` calls."""
     _, abstract = abstract_model(config, dtype)  # raises before anything is compiled
     init = lambda key: nnx.to_pure_dict(nnx.state(_make(config, dtype, key)))
     if in_mesh():
         # Initialisers know nothing of the mesh: the compiler carries the layout of the results back to them.
         init = jax.sharding.auto_axes(init, out_sharding=jax.tree.map(lambda leaf: leaf.sharding.spec, abstract))
     # Random numbers are slow to compile and run but once; the results are the same.
-    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 1})(key)
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def bind(graphdef: Any, params: Params) -> LanguageModel:
