@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files, or quoted globs of them")
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="FILE", help="text files, or quoted globs of them"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="where the token files go")
     parser.add_argument(
         "--tokenizer",
@@ -196,7 +198,7 @@ def _open_folder(
     if tokenizer not in ("bytes", str(trained)):
         # A folder that has its tokeniser can be moved and shared.
         source = Path(tokenizer)
-        shutil.copyfile(source, folder / f"tokenizer{source.suffix}")
+        shutil.copyfile(source, folder / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
         if (config := source.with_name("tokenizer_config.json")).exists():
             shutil.copyfile(config, folder / config.name)
     made_with = {"name": loaded.name, "fingerprint": loaded.fingerprint}

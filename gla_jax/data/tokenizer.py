@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -230,13 +230,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    if not name.endswith((".json", ".model")):
-        raise ConfigError(
-            f'tokenizer={name!r} is none of "bytes", a Hugging Face tokenizer.json and a SentencePiece .model file.'
-        )
-    if not os.path.isfile(name):
-        raise ConfigError(f"tokenizer={name!r}: there is no such file.")
-    return HuggingFaceTokenizer(name) if name.endswith(".json") else SentencePieceTokenizer(name)
+    kinds: dict[str, Callable[[str], Tokenizer]] = {
+        r"\.json": HuggingFaceTokenizer,
+        r"\.model(\.v\d+)?": SentencePieceTokenizer,
+    }
+    for ending, kind in kinds.items():
+        if re.search(f"{ending}$", name):
+            if not os.path.isfile(name):
+                raise ConfigError(f"tokenizer={name!r}: there is no such file.")
+            return kind(name)
+    raise ConfigError(
+        f'tokenizer={name!r} is none of "bytes", a Hugging Face tokenizer.json and a SentencePiece .model file.'
+    )
 
 
 def train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_the_seed_decides_the_order(config):
     orders = [tuple(order(seed, number)) for seed in (0, 1, 2) for number in (0, 1, 2)]
     assert len(set(orders)) == 9  # no epoch of one seed is an epoch of another
     assert order(1, 0) == list(orders[3])
+
+
+def test_batches_are_those_of_earlier_versions(tmp_path, write_tokens):
+    # A run that is resumed relies on this. If the change is meant, put in the new numbers, and something new in what
+    # `fingerprint` hashes, so that runs of before are refused rather than continued on other data.
+    path = write_tokens(tmp_path / "letters.tokens", [chr(ord("A") + i) * (i + 7) for i in range(50)])
+    base = DataConfig(path=path, sequence_length=T, batch_size=8)
+    mixture = dataclasses.replace(base, path=f"{path}:2,{path}:1")
+    found = [
+        zlib.crc32(b"".join(rows_of(open_dataset(config, seed=5).train_batch(1000))))
+        for config in (base, mixture, DataConfig(corpus="synthetic"))
+    ]
+    assert found == [2487703478, 3988931029, 1936634293]
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path, write_tokens):

@@ -109,7 +109,9 @@ def test_the_folder_has_its_tokeniser(tmp_path, bpe_path, sentencepiece_path):
     own.mkdir()
     shutil.copy(bpe_path, own / "mine.json")
     (own / "tokenizer_config.json").write_text('{"eos_token": "A"}')
-    for i, (path, copy) in enumerate([(own / "mine.json", "tokenizer.json"), (sentencepiece_path, "tokenizer.model")]):
+    shutil.copy(sentencepiece_path, own / "mine.model.v1")
+    copies = [(own / "mine.json", "tokenizer.json"), (own / "mine.model.v1", "tokenizer.model")]
+    for i, (path, copy) in enumerate(copies):
         prepare([f"{tmp_path}/a.jsonl"], tmp_path / f"{i}", tokenizer=str(path))
         assert load_tokenizer(f"{tmp_path}/{i}/{copy}").fingerprint == load_tokenizer(str(path)).fingerprint
         # The copy serves as well as the original when the folder is to grow.
