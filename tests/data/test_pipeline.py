@@ -71,8 +71,8 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(config):
     data = open_dataset(config, seed=0)
     count = round(data.steps_per_epoch * config.batch_size)
     assert count % config.batch_size  # an epoch ends inside a batch
-    rows = [row for batch in itertools.islice(data.train_batches(), 3 * count) for row in rows_of(batch)]
-    epochs = [rows[i * count : (i + 1) * count] for i in range(4)]
+    rows = [row for batch in itertools.islice(data.train_batches(), count) for row in rows_of(batch)]
+    epochs = [rows[i * count : (i + 1) * count] for i in range(config.batch_size)]
     assert len(set(epochs[0])) == count
     assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert all(a != b for a, b in itertools.combinations(epochs, 2))
