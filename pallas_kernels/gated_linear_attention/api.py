@@ -26,7 +26,7 @@ IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
 
 # What `implementation=None` tries, in this order. `unsupported` of mosaic_gpu says no to GPUs before Hopper.
 _BEST_FIRST = {"gpu": ("mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
-_BEST_FIRST_ELSEWHERE = ("chunked", "reference")
+_BEST_FIRST_ELSEWHERE = ("chunked",)
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -125,8 +125,8 @@ def gated_linear_attention_support(
     """
     reasons = {}
 
-    def trace(*arguments):
-        checked = _checked(*arguments, chunk_size)
+    def trace(query, key, value, log_decay, initial_state, segment_ids):
+        checked = _checked(query, key, value, log_decay, initial_state, segment_ids, chunk_size)
         reasons.update({name: _unsupported(name, checked, chunk_size, interpret) for name in IMPLEMENTATIONS})
 
     jax.eval_shape(trace, query, key, value, log_decay, initial_state, segment_ids)

@@ -44,7 +44,8 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
         state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :])
 
     def body(state, token):
-        out, state = step(*token, state, scale=scale)
+        q, k, v, g = token
+        out, state = step(q, k, v, g, state, scale=scale)
         return state, out
 
     state, out = jax.lax.scan(body, state, tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, g)))

@@ -1,0 +1,270 @@
+"""The chunkwise form in plain JAX: matrix products, exact for every gate, on any backend, its gradient written out.
+
+Rows are cut into chunks of C tokens. A chunk reads the state S before it and its own tokens (the paper's section 4.3):
+
+    out = (q decayed from the chunk's start) S + A v,       A_ij = sum over channels of q_i k_j a_{j+1} .. a_i  (j <= i)
+    S'  = (decay of the whole chunk) S + (k decayed to the chunk's end)^T v,           a = exp(log_decay)
+
+What is hard is A: it is a plain product of q and k only if the decay between j and i is split into a factor of i and a
+factor of j, and with one reference point for the whole chunk one of them overflows. Here every pair of neighbouring
+blocks gets its own reference, the border between them (`_attend`). Blocks of 1 token grow to 2, 4, .. C; whenever two
+blocks merge, the queries of the second, decayed from the border, meet the keys of the first, decayed to the border, in
+one matrix product. All factors are products of the gates on one side of the border, so they are at most 1, and nothing
+is ever divided or subtracted: a gate of 0, of 1 and anything between cost no accuracy, in any mixture. The gradient
+(`_attend_gradient`) runs the same merges backwards; a gate's gradient is a sum over the pairs of tokens that it lies
+between, without cancellation, and 0 for a gate of 0.
+
+The backward pass keeps the inputs and the state before every chunk, and recomputes the rest chunk by chunk.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+FLOAT32 = jnp.float32
+
+
+def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chunk_size, interpret):
+    """Return why this form does not serve the call, or None."""
+    if chunk_size is not None and chunk_size & (chunk_size - 1):
+        return f"chunk_size is {chunk_size}, and blocks that double need a power of two."
+    return None
+
+
+def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+    """Compute the op chunk by chunk; see `api.py` for the arguments. `interpret` does not matter here."""
+    time, heads = query.shape[1:3]
+    size = min(chunk_size or _tuned_chunk_size(), 1 << (time - 1).bit_length())
+    state = initial_state
+    if state is None:
+        outer = jnp.einsum("bhk,bhv->bhkv", query[:, 0], _per_head(value, heads)[:, 0])
+        state = jnp.zeros_like(outer, dtype=FLOAT32)
+    starts = None
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    if log_decay is not None:
+        log_decay = jnp.broadcast_to(log_decay, (log_decay.shape[0], time, *log_decay.shape[2:]))
+    # Padding with zeros leaves the state as it is: a key of 0 and a log_decay of 0.
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, -time % size)) + ((0, 0),) * (x.ndim - 2)) if time % size else x
+    arrays = jax.tree.map(pad, (query, key, value, log_decay, starts))
+    out, state = _chunked(*arrays, state, scale, size)
+    return out[:, :time], state
+
+
+def _tuned_chunk_size():
+    return 32 if jax.default_backend() == "cpu" else 64
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _chunked(q, k, v, g, starts, state, scale, size):
+    """Scan over the chunks. q, k, v, g: [B, T, heads, dim]; starts: [B, T] bool; state: [B, H, K, V]."""
+    result, _ = _scan_chunks((q, k, v, g, starts), state, scale, size, keep_states=False)
+    return result
+
+
+def _chunked_forward(q, k, v, g, starts, state, scale, size):
+    result, states = _scan_chunks((q, k, v, g, starts), state, scale, size, keep_states=True)
+    return result, (q, k, v, g, starts, states)
+
+
+def _scan_chunks(arrays, state, scale, size, *, keep_states):
+    """Return (out, final state) and, where they are kept, the states before every chunk, [N, B, H, K, V]."""
+    q, _, v, _, _ = arrays
+
+    def body(carry, n):
+        out, state = carry
+        chunk_out, next_state = _chunk(*_cut(arrays, n, size), state, scale)
+        return (_put(out, chunk_out, n), next_state), state if keep_states else None
+
+    out = jnp.zeros_like(_per_head(v, q.shape[2]))
+    return jax.lax.scan(body, (out, state), jnp.arange(q.shape[1] // size))
+
+
+def _chunked_backward(scale, size, residuals, cotangents):
+    *arrays, states = residuals
+    d_out, d_state = cotangents
+    differentiable = arrays[:4]
+
+    def body(carry, chunk):
+        gradients, d_state = carry
+        n, state = chunk
+        d_chunk, d_state = _chunk_gradient(*_cut(arrays, n, size), state, _cut(d_out, n, size), d_state, scale)
+        return (jax.tree.map(functools.partial(_put, n=n), gradients, d_chunk), d_state), None
+
+    gradients = jax.tree.map(jnp.zeros_like, differentiable)
+    chunks = (jnp.arange(states.shape[0]), states)
+    (gradients, d_state), _ = jax.lax.scan(body, (gradients, d_state), chunks, reverse=True)
+    return *gradients, None, d_state
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _cut(arrays, n, size):
+    """Return chunk n of arrays [B, T, ...]."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1), arrays)
+
+
+def _put(whole, chunk, n):
+    """Write chunk n into [B, T, ...]."""
+    return jax.lax.dynamic_update_slice_in_dim(whole, chunk.astype(whole.dtype), n * chunk.shape[1], axis=1)
+
+
+def _chunk(q, k, v, g, starts, state, scale):
+    """Return (out [B, C, H, V], next state) of one chunk."""
+    dot = _dot_for(q, k, v)
+    q, k, v, g = _load(q, k, v, g, starts, scale)
+    scores, q_in, k_out, _ = _attend(q, k, jnp.exp(g), dot)
+    out = dot("...ik,...kv->...iv", q_in, state) + dot("...ij,...jv->...iv", scores, v)
+    return jnp.swapaxes(out, 1, 2), _chunk_decay(g) * state + dot("...ck,...cv->...kv", k_out, v)
+
+
+def _chunk_gradient(q, k, v, g, starts, state, d_out, d_next, scale):
+    """Return the gradients of q, k, v, g and of the state before the chunk, given those of its two results."""
+    shapes = [None if x is None else jnp.swapaxes(x, 1, 2).shape for x in (q, k, v, g)]
+    dot = _dot_for(q, k, v)
+    q, k, v, g = _load(q, k, v, g, starts, scale)
+    d_out = jnp.swapaxes(d_out, 1, 2).astype(FLOAT32)
+    a, decay = jnp.exp(g), _chunk_decay(g)
+    scores, q_in, k_out, merges = _attend(q, k, a, dot)
+    d_scores = dot("...iv,...jv->...ij", d_out, v)
+    d_v = dot("...ij,...iv->...jv", scores, d_out) + dot("...ck,...kv->...cv", k_out, d_next)
+    d_q_in = dot("...iv,...kv->...ik", d_out, state)
+    d_k_out = dot("...cv,...kv->...ck", v, d_next)
+    d_q, d_k, d_g = _attend_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot)
+    decayed = decay * d_next
+    d_g = d_g + jnp.sum(decayed * state, axis=-1)[..., None, :]
+    gradients = [
+        None if shape is None else jnp.swapaxes(_sum_to(x, shape), 1, 2)
+        for x, shape in zip((scale * d_q, d_k, d_v, d_g), shapes, strict=True)
+    ]
+    return gradients, decayed + dot("...ik,...iv->...kv", q_in, d_out)
+
+
+def _attend(q, k, a, dot):
+    """Attend within a chunk.
+
+    Args:
+        q, k: [B, H, C, K].
+        a: the gates, broadcastable to that.
+        dot: the einsum for matrix products.
+
+    Returns:
+        scores: [B, H, C, C], A above.
+        q_in: [B, H, C, K], q decayed from the chunk's start, its own gate included.
+        k_out: [B, H, C, K], k decayed to the chunk's end, its own gate excluded.
+        seen: what `_attend_gradient` wants to see again.
+    """
+    if a.shape[-1] == q.shape[-1]:
+        return _merge(q, k, a, dot)
+    # A scalar gate comes out of the products. The decay between two tokens is how a one attends to a one.
+    ones = jnp.ones_like(a)
+    decays, from_start, to_end, merges = _merge(ones, ones, a, _dot_for(a))
+    products = jnp.tril(dot("...ik,...jk->...ij", q, k))
+    return products * decays, q * from_start, k * to_end, (products, decays, from_start, to_end, merges)
+
+
+def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot):
+    """Return the gradients of q, k and log(a), given those of the results of `_attend`."""
+    if a.shape[-1] == q.shape[-1]:
+        return _merge_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot)
+    products, decays, from_start, to_end, merges = seen
+    d_scores = jnp.tril(d_scores)
+    d_products = d_scores * decays
+    d_q = dot("...ij,...jk->...ik", d_products, k) + d_q_in * from_start
+    d_k = dot("...ij,...ik->...jk", d_products, q) + d_k_out * to_end
+    ones = jnp.ones_like(a)
+    d_decays = (_sum_to(d_scores * products, decays.shape), _sum_to(d_q_in * q, a.shape), _sum_to(d_k_out * k, a.shape))
+    return d_q, d_k, _merge_gradient(ones, ones, a, merges, *d_decays, _dot_for(a))[2]
+
+
+def _merge(q, k, a, dot):
+    """Return (scores, q_in, k_out, merges) by merging neighbouring blocks, from single tokens to the whole chunk."""
+    blocks = lambda x: x[..., :, None, :]  # [..., number of blocks, tokens in a block, dim]
+    scores = blocks(jnp.sum(q * k, axis=-1, keepdims=True))
+    q, k, a = (
+        blocks(q * a),
+        blocks(k),
+        blocks(a),
+    )  # q, k: decayed from and to the borders of their block; a: all of its decay
+    merges = []
+    while q.shape[-3] > 1:
+        merges.append((q, k, a))
+        (q0, q1), (k0, k1), (a0, a1), (scores0, scores1) = map(_pairs, (q, k, a, scores))
+        across = dot("...ik,...jk->...ij", q1, k0)
+        before = jnp.concatenate([scores0, jnp.zeros_like(across)], axis=-1)
+        scores = jnp.concatenate([before, jnp.concatenate([across, scores1], axis=-1)], axis=-2)
+        q = jnp.concatenate([q0, q1 * a0], axis=-2)
+        k = jnp.concatenate([k0 * a1, k1], axis=-2)
+        a = a0 * a1
+    return *(x[..., 0, :, :] for x in (scores, q, k)), merges
+
+
+def _merge_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot):
+    """Return the gradients of q, k and log(a), undoing the merges of `_merge` one by one."""
+    d_scores, d_q, d_k = (x[..., None, :, :] for x in (d_scores, d_q_in, d_k_out))
+    d_g = jnp.zeros_like(d_q[..., :1, :])  # of the logarithm of each block's decay
+    for block_q, block_k, block_a in reversed(merges):
+        size = block_q.shape[-2]
+        (_, q1), (k0, _), (a0, a1) = map(_pairs, (block_q, block_k, block_a))
+        d_across = d_scores[..., size:, :size]
+        d_q1, d_k0 = d_q[..., size:, :] * a0, d_k[..., :size, :] * a1
+        d_g0 = d_g + jnp.sum(d_q1 * q1, axis=-2, keepdims=True)
+        d_g1 = d_g + jnp.sum(d_k0 * k0, axis=-2, keepdims=True)
+        d_q = _unpaired(d_q[..., :size, :], d_q1 + dot("...ij,...jk->...ik", d_across, k0))
+        d_k = _unpaired(d_k0 + dot("...ij,...ik->...jk", d_across, q1), d_k[..., size:, :])
+        d_g = _unpaired(d_g0, d_g1)
+        d_scores = _unpaired(d_scores[..., :size, :size], d_scores[..., size:, size:])
+    d_scores, d_q, d_k, d_g = (x[..., 0, :] for x in (d_scores, d_q, d_k, d_g))
+    d_q = d_q * a
+    return d_q + d_scores * k, d_k + d_scores * q, d_q * q + d_g
+
+
+def _pairs(x):
+    """Split [..., 2 n, rows, dim] into the even and the odd blocks, [..., n, rows, dim] each."""
+    x = x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2, *x.shape[-2:])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _unpaired(even, odd):
+    """Undo `_pairs`."""
+    return jnp.stack([even, odd], axis=-3).reshape(*even.shape[:-3], -1, *even.shape[-2:])
+
+
+def _load(q, k, v, g, starts, scale):
+    """Return a chunk of the arguments as float32 [B, H, C, dim], q scaled, g -inf where a segment starts."""
+    heads = q.shape[2]
+    by_head = lambda x: jnp.swapaxes(x, 1, 2).astype(FLOAT32)
+    if g is None:
+        g = jnp.zeros((1, 1, q.shape[1], 1), FLOAT32)
+    else:
+        g = by_head(g if g.shape[2] == 1 else _per_head(g, heads))
+    if starts is not None:
+        g = jnp.where(starts[:, None, :, None], -jnp.inf, g)
+    return scale * by_head(q), by_head(_per_head(k, heads)), by_head(_per_head(v, heads)), g
+
+
+def _per_head(x, heads):
+    """Repeat the key heads of [B, T, H_kv, dim] for their query heads."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def _sum_to(x, shape):
+    """Sum [B, H, C, dim] over what was broadcast, or repeated for query heads, from `shape`."""
+    x = x.reshape(x.shape[0], shape[1], -1, *x.shape[2:]).sum(axis=2)
+    return x.sum(axis=tuple(axis for axis in range(4) if shape[axis] == 1), keepdims=True)
+
+
+def _chunk_decay(g):
+    """Return the decay of a whole chunk, [B, H, K, 1]: a sum of logarithms, as its rounding adds up over the chunks."""
+    return jnp.exp(jnp.sum(g, axis=-2))[..., None]
+
+
+def _dot_for(*inputs):
+    """Return the einsum for inputs of these dtypes: bfloat16 products if all are that, float32 ones otherwise."""
+    dtype = jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in inputs) else FLOAT32
+    precision = None if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return lambda spec, x, y: jnp.einsum(
+        spec, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=FLOAT32
+    )
