@@ -74,7 +74,7 @@ def _scan_chunks(arrays, state, scale, size, *, keep_states):
 
     def body(carry, n):
         out, state = carry
-        chunk_out, next_state = _chunk(*_cut(arrays, n, size), state, scale)
+        chunk_out, next_state = _chunk(_cut(arrays, n, size), state, scale)
         return (_put(out, chunk_out, n), next_state), state if keep_states else None
 
     out = jnp.zeros_like(_per_head(v, q.shape[2]))
@@ -89,7 +89,7 @@ def _chunked_backward(scale, size, residuals, cotangents):
     def body(carry, chunk):
         gradients, d_state = carry
         n, state = chunk
-        d_chunk, d_state = _chunk_gradient(*_cut(arrays, n, size), state, _cut(d_out, n, size), d_state, scale)
+        d_chunk, d_state = _chunk_gradient(_cut(arrays, n, size), state, _cut(d_out, n, size), d_state, scale)
         return (jax.tree.map(functools.partial(_put, n=n), gradients, d_chunk), d_state), None
 
     gradients = jax.tree.map(jnp.zeros_like, differentiable)
@@ -111,8 +111,9 @@ def _put(whole, chunk, n):
     return jax.lax.dynamic_update_slice_in_dim(whole, chunk.astype(whole.dtype), n * chunk.shape[1], axis=1)
 
 
-def _chunk(q, k, v, g, starts, state, scale):
+def _chunk(arrays, state, scale):
     """Return (out [B, C, H, V], next state) of one chunk."""
+    q, k, v, g, starts = arrays
     dot = _dot_for(q, k, v)
     q, k, v, g = _load(q, k, v, g, starts, scale)
     scores, q_in, k_out, _ = _attend(q, k, jnp.exp(g), dot)
@@ -120,8 +121,9 @@ def _chunk(q, k, v, g, starts, state, scale):
     return jnp.swapaxes(out, 1, 2), _chunk_decay(g) * state + dot("...ck,...cv->...kv", k_out, v)
 
 
-def _chunk_gradient(q, k, v, g, starts, state, d_out, d_next, scale):
+def _chunk_gradient(arrays, state, d_out, d_next, scale):
     """Return the gradients of q, k, v, g and of the state before the chunk, given those of its two results."""
+    q, k, v, g, starts = arrays
     shapes = [None if x is None else jnp.swapaxes(x, 1, 2).shape for x in (q, k, v, g)]
     dot = _dot_for(q, k, v)
     q, k, v, g = _load(q, k, v, g, starts, scale)
@@ -134,7 +136,8 @@ def _chunk_gradient(q, k, v, g, starts, state, d_out, d_next, scale):
     d_k_out = dot("...cv,...kv->...ck", v, d_next)
     d_q, d_k, d_g = _attend_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot)
     decayed = decay * d_next
-    d_g = d_g + jnp.sum(decayed * state, axis=-1)[..., None, :]
+    d_decay = jnp.sum(decayed * state, axis=-1)[..., None, :]  # a gate that is shared gets the sum, once
+    d_g = d_g + _sum_to(d_decay, (*d_g.shape[:2], 1, d_g.shape[3]))
     gradients = [
         None if shape is None else jnp.swapaxes(_sum_to(x, shape), 1, 2)
         for x, shape in zip((scale * d_q, d_k, d_v, d_g), shapes, strict=True)
@@ -168,7 +171,8 @@ def _attend(q, k, a, dot):
 def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot):
     """Return the gradients of q, k and log(a), given those of the results of `_attend`."""
     if a.shape[-1] == q.shape[-1]:
-        return _merge_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot)
+        d_q, d_k, d_g = _merge_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot)
+        return d_q, d_k, _sum_to(d_g, a.shape)
     products, decays, from_start, to_end, merges = seen
     d_scores = jnp.tril(d_scores)
     d_products = d_scores * decays
