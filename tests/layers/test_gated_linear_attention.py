@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mixer_cases import MixerCases
 
 from gla_jax.config import ConfigError
-from gla_jax.layers import GatedLinearAttention, gated_linear_attention
+from gla_jax.layers import GatedLinearAttention, recurrent_attention
 
 D, H = 16, 4
 Options = GatedLinearAttention.Options
@@ -34,13 +35,23 @@ CASES = {
 }
 
 
-def make(options, num_heads=H, seed=0, **kwargs):
-    """Return a layer whose parameters are all far from their beginnings, and those as a dict."""
-    layer = GatedLinearAttention(D, num_heads, Options(**options), rngs=nnx.Rngs(seed), **kwargs)
+class TestContract(MixerCases):
+    mixer = "gla"
+
+
+def make(options, **kwargs):
+    """Return the graphdef of a layer, and parameters that are all far from their beginnings."""
+    options = Options(**{"implementation": "reference"} | options)  # the op has its own tests
+    layer = jax.eval_shape(lambda: GatedLinearAttention(D, H, options, rngs=nnx.Rngs(0), **kwargs))
     graphdef, state = nnx.split(layer)
-    random = np.random.default_rng(seed)
-    params = jax.tree.map(lambda x: jnp.asarray(random.normal(0.3, 0.5, x.shape), jnp.float32), nnx.to_pure_dict(state))
-    return nnx.merge(graphdef, params), graphdef, params
+    random = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(random.normal(0.3, 0.5, x.shape), jnp.float32)
+    return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
+
+
+@jax.jit(static_argnums=0)
+def run(graphdef, params, x, state=None, segment_ids=None):
+    return nnx.merge(graphdef, params)(x, state, segment_ids=segment_ids)
 
 
 def inputs(batch_size=2, length=13, seed=1):
@@ -56,17 +67,20 @@ FUNCTIONS = {
     "swish": lambda x: x * sigmoid(x),
     "sigmoid": sigmoid,
     "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x * sigmoid(x),
+    "sqrelu": lambda x: np.maximum(x, 0) ** 2,
+    "logsigmoid": lambda x: np.log(sigmoid(x)),
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
 }
 
 
-def truth(params, options, x, num_heads=H):
+def truth(params, options, x):
     """Return y and the final recurrent state, each document and token by itself, in float64."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     options, x = Options(**options), np.asarray(x, np.float64)
     batch_size, length, _ = x.shape
-    kv_heads = options.num_kv_heads or num_heads
-    shared = num_heads // kv_heads
+    kv_heads = options.num_kv_heads or H
+    shared = H // kv_heads
     eps = 1e-6
     projected = {name: x @ p[name]["kernel"] for name in ("query", "key", "value")}
     if options.use_short_conv:
@@ -83,16 +97,16 @@ def truth(params, options, x, num_heads=H):
     log_decay = np.log(sigmoid(z)) / options.gate_logit_normalizer
     if options.clamp_min is not None:
         log_decay = np.maximum(log_decay, options.clamp_min)
-    query = FUNCTIONS[options.feature_map](projected["query"]).reshape(batch_size, length, num_heads, -1)
+    query = FUNCTIONS[options.feature_map](projected["query"]).reshape(batch_size, length, H, -1)
     key = FUNCTIONS[options.feature_map](projected["key"]).reshape(batch_size, length, kv_heads, -1)
     value = projected["value"].reshape(batch_size, length, kv_heads, -1)
     log_decay = log_decay.reshape(key.shape)
-    state = np.zeros((batch_size, num_heads, key.shape[-1], value.shape[-1]))
+    state = np.zeros((batch_size, H, key.shape[-1], value.shape[-1]))
     y = np.zeros_like(x)
     for b in range(batch_size):
         for t in range(length):
             outs = []
-            for h in range(num_heads):
+            for h in range(H):
                 k, v, g = key[b, t, h // shared], value[b, t, h // shared], log_decay[b, t, h // shared]
                 state[b, h] = np.exp(g)[:, None] * state[b, h] + np.outer(k, v)
                 o = state[b, h].T @ query[b, t, h] / np.sqrt(len(k))
@@ -111,52 +125,47 @@ def relative(x, wanted):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients_equal_the_definition(case):
-    options = CASES[case]
-    _, graphdef, params = make(options)
-    x = inputs()
-    weight = np.random.default_rng(2).normal(size=x.shape)
-
-    @jax.jit
-    @jax.grad
-    def gradient(arguments):
-        params, x = arguments
-        y, state = nnx.merge(graphdef, params)(x)
-        return jnp.sum(y * weight) + jnp.sum(state["recurrent"] ** 2)
-
-    y, state = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))(params, x)
-    wanted_y, wanted_state = truth(params, options, x)
+def test_equals_the_definition(case):
+    graphdef, params = make(CASES[case])
+    y, state = run(graphdef, params, inputs())
+    wanted_y, wanted_state = truth(params, CASES[case], inputs())
     assert y.dtype == jnp.float32
     assert relative(y, wanted_y) < 2e-5
     assert relative(state["recurrent"], wanted_state) < 2e-5
 
-    def loss(arguments):
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_feature_map_and_gate_is_that_of_its_name(name):
+    options = {"feature_map": name, "gate_fn": name or "swish"}
+    graphdef, params = make(options)
+    assert relative(run(graphdef, params, inputs())[0], truth(params, options, inputs())[0]) < 2e-5
+
+
+@pytest.mark.parametrize("case", ["short convolution with bias, grouped", "clamped gates"])
+def test_gradients_equal_the_definition(case):
+    options = CASES[case]
+    graphdef, params = make(options | {"implementation": None})
+    x = inputs()
+    weight = np.random.default_rng(2).normal(size=x.shape)
+
+    def total(arguments):
+        y, state = nnx.merge(graphdef, arguments[0])(arguments[1])
+        return jnp.sum(y * weight) + jnp.sum(state["recurrent"] ** 2)
+
+    def wanted(arguments):
         y, state = truth(arguments[0], options, arguments[1])
         return np.sum(y * weight) + np.sum(state**2)
 
     # Each gradient along a random direction, against the central difference of the definition.
+    gradients = jax.tree.leaves(jax.jit(jax.grad(total))((params, x)))
     leaves, structure = jax.tree.flatten((jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params), np.array(x)))
     random = np.random.default_rng(3)
-    for i, (leaf, computed) in enumerate(zip(leaves, jax.tree.leaves(gradient((params, x))), strict=True)):
+    for i, (leaf, gradient) in enumerate(zip(leaves, gradients, strict=True)):
         direction = random.normal(size=leaf.shape)
         moved = lambda by, i=i, leaf=leaf: structure.unflatten([*leaves[:i], leaf + by, *leaves[i + 1 :]])
-        difference = (loss(moved(1e-5 * direction)) - loss(moved(-1e-5 * direction))) / 2e-5
-        along = np.sum(np.asarray(computed, np.float64) * direction)
-        assert abs(along - difference) < 1e-4 * np.linalg.norm(computed) * np.linalg.norm(direction)
-
-
-@pytest.mark.parametrize("name", ["silu", "swish", "sqrelu", "logsigmoid", "sigmoid", "relu", "gelu"])
-def test_every_feature_map_is_that_of_its_name(name):
-    known = {
-        "silu": FUNCTIONS["swish"],
-        "sqrelu": lambda x: np.maximum(x, 0) ** 2,
-        "logsigmoid": lambda x: np.log(sigmoid(x)),
-    }
-    options = {"feature_map": name}
-    _, graphdef, params = make(options)
-    y, _ = nnx.merge(graphdef, params)(inputs())
-    FUNCTIONS.update(known)
-    assert relative(y, truth(params, options, inputs())[0]) < 2e-5
+        difference = (wanted(moved(1e-5 * direction)) - wanted(moved(-1e-5 * direction))) / 2e-5
+        along = np.sum(np.asarray(gradient, np.float64) * direction)
+        assert abs(along - difference) < 1e-4 * np.linalg.norm(gradient) * np.linalg.norm(direction)
 
 
 def test_beginnings_are_those_of_the_authors_library():
@@ -176,110 +185,103 @@ def test_beginnings_are_those_of_the_authors_library():
     assert kernels == 7 + 3
     # so a fresh layer keeps 2^(-1/16) of its state at every token
     z = layer.forget_gate_up(layer.forget_gate_down(jnp.zeros((1, 1, 256))))
-    np.testing.assert_allclose(jnp.exp(layer._log_decay(z)), 0.5 ** (1 / 16), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(layer._log_decay(z)), 0.5 ** (1 / 16), rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["default", "short convolution with bias, grouped"])
+STATEFUL = pytest.mark.parametrize("case", ["default", "short convolution with bias, grouped"])
+
+
+def assert_states_equal(state, wanted):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5), state, wanted)
+
+
+@STATEFUL
 def test_a_row_in_parts_equals_the_whole_row(case):
-    layer, *_ = make(CASES[case])
+    graphdef, params = make(CASES[case])
     x = inputs(length=12)
-    whole, last = layer(x)
+    whole, last = run(graphdef, params, x)
     for cuts in ([5], [1, 2, 7]):
-        state, parts = layer.init_state(2), []
+        state, parts = nnx.merge(graphdef, params).init_state(2), []
         for part in jnp.split(x, cuts, axis=1):
-            y, state = layer(part, state)
+            y, state = run(graphdef, params, part, state)
             parts.append(y)
         assert relative(jnp.concatenate(parts, axis=1), whole) < 2e-6
-        jax.tree.map(lambda x, wanted: np.testing.assert_allclose(x, wanted, rtol=2e-4, atol=1e-5), state, last)
+        assert_states_equal(state, last)
 
 
 def test_a_single_token_is_one_step_of_the_recurrence(monkeypatch):
-    layer, *_ = make({"use_short_conv": True})
+    layer = nnx.merge(*make({"use_short_conv": True}))
     state = layer.init_state(2)
-    monkeypatch.setattr(gated_linear_attention, "gated_linear_attention", None)  # the form for whole rows
-    layer(inputs(length=1), state)
+    monkeypatch.setattr(recurrent_attention, "gated_linear_attention", None)  # the form for whole rows
+    jax.eval_shape(layer, inputs(length=1), state)
     with pytest.raises(TypeError):
-        layer(inputs(length=2), state)
+        jax.eval_shape(layer, inputs(length=2), state)
 
 
-@pytest.mark.parametrize("case", ["default", "short convolution with bias, grouped"])
+@STATEFUL
 def test_documents_in_a_row_equal_separate_rows(case):
-    layer, *_ = make(CASES[case])
+    graphdef, params = make(CASES[case])
     x = inputs(batch_size=1, length=17)
     lengths, ids = (2, 1, 8, 6), (5, 7, 5, 9)  # an id may come back
     segment_ids = jnp.asarray(np.repeat(ids, lengths))[None]
-    together, last = layer(x, segment_ids=segment_ids)
-    starts = np.cumsum((0, *lengths))
-    for start, stop in itertools.pairwise(starts):
-        alone, state = layer(x[:, start:stop])
+    together, last = run(graphdef, params, x, None, segment_ids)
+    for start, stop in itertools.pairwise(np.cumsum((0, *lengths))):
+        alone, state = run(graphdef, params, x[:, start:stop])
         assert relative(together[:, start:stop], alone) < 2e-6
-    jax.tree.map(lambda x, wanted: np.testing.assert_allclose(x, wanted, rtol=2e-5, atol=1e-6), last, state)
-
+    assert_states_equal(last, state)
     # cut in two amid a document: the first token of the second part goes on from the state whatever its id
-    first, state = layer(x[:, :6], segment_ids=segment_ids[:, :6])
-    second, _ = layer(x[:, 6:], state, segment_ids=segment_ids[:, 6:] + 1)
+    first, state = run(graphdef, params, x[:, :6], None, segment_ids[:, :6])
+    second, _ = run(graphdef, params, x[:, 6:], state, segment_ids[:, 6:] + 1)
     assert relative(jnp.concatenate([first, second], axis=1), together) < 2e-6
     # no leak, not even a small one
-    leak = jax.grad(lambda x: jnp.sum(layer(x, segment_ids=segment_ids)[0][:, 11:]))(x)
+    last_document = lambda x: jnp.sum(run(graphdef, params, x, None, segment_ids)[0][:, 11:])
+    leak = jax.jit(jax.grad(last_document))(x)
     assert np.all(leak[:, :11] == 0) and np.all(np.abs(leak[:, 11:]).sum(-1) > 0)
 
 
 def test_padding_on_the_left_changes_nothing():
-    layer, *_ = make({"use_short_conv": True})
+    graphdef, params = make({"use_short_conv": True})
     x = inputs(length=10)
     padded = jnp.concatenate([100 * inputs(length=6, seed=9), x], axis=1)
-    segment_ids = jnp.asarray([[0] * 6 + [1] * 10] * 2)
-    y, state = layer(padded, segment_ids=segment_ids)
-    wanted, wanted_state = layer(x)
+    y, state = run(graphdef, params, padded, None, jnp.asarray([[0] * 6 + [1] * 10] * 2))
+    wanted, wanted_state = run(graphdef, params, x)
     assert relative(y[:, 6:], wanted) < 2e-6
-    jax.tree.map(lambda x, wanted: np.testing.assert_allclose(x, wanted, rtol=2e-5, atol=1e-6), state, wanted_state)
+    assert_states_equal(state, wanted_state)
 
 
 def test_no_token_sees_a_later_one():
-    layer, *_ = make({"use_short_conv": True})
+    graphdef, params = make({"use_short_conv": True})
     x = inputs(batch_size=1, length=9)
-    jacobian = jax.jacrev(lambda x: jnp.sum(layer(x)[0][0], axis=-1))(x)[:, 0]  # [T of y, T of x, D]
-    seen = np.abs(jacobian).sum(-1) > 0
+    of_each = lambda x: jnp.sum(run(graphdef, params, x)[0][0], axis=-1)
+    seen = np.abs(jax.jit(jax.jacrev(of_each))(x)[:, 0]).sum(-1) > 0  # [T of y, T of x]
     np.testing.assert_array_equal(seen, np.tril(np.ones((9, 9), bool)))
-
-
-def test_grouped_heads_equal_repeated_ones():
-    _, grouped_def, params = make({"num_kv_heads": 2})
-    _, full_def, _ = make({})
-    repeated = dict(params)
-    repeat = lambda kernel: np.repeat(kernel.reshape(*kernel.shape[:-1], 2, -1), 2, axis=-2).reshape(
-        *kernel.shape[:-1], -1
-    )
-    for name in ("key", "value", "forget_gate_up"):
-        repeated[name] = {kind: repeat(np.asarray(leaf)) for kind, leaf in params[name].items()}
-    assert relative(nnx.merge(grouped_def, params)(inputs())[0], nnx.merge(full_def, repeated)(inputs())[0]) < 2e-6
 
 
 def test_bfloat16_stays_close_to_float32():
     options = {"use_short_conv": True}
-    layer, _, params = make(options)
-    low, *_ = make(options, dtype=jnp.bfloat16)
+    graphdef, params = make(options)
+    low, _ = make(options, dtype=jnp.bfloat16)
     x = inputs(length=40)
-    y, state = low(x)
+    y, state = run(low, params, x)
     assert y.dtype == jnp.bfloat16
-    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, low.init_state(2))
     assert state["recurrent"].dtype == jnp.float32
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    assert relative(y, layer(x)[0]) < 3e-2
+    assert relative(y, run(graphdef, params, x)[0]) < 3e-2
 
 
-def test_state_has_the_shapes_that_are_returned():
-    for options in ({}, CASES["short convolution with bias, grouped"]):
-        layer, *_ = make(options)
+@STATEFUL
+def test_state_has_the_shapes_that_are_returned(case):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        layer = nnx.merge(*make(CASES[case], dtype=dtype))
         shapes = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-        assert shapes(layer.init_state(2)) == shapes(layer(inputs())[1])
+        returned = jax.eval_shape(layer, inputs())[1]
+        assert shapes(jax.eval_shape(lambda layer=layer: layer.init_state(2))) == shapes(returned)
 
 
 def test_flops_count_what_is_multiplied():
-    layer, *_ = make({})
+    layer = nnx.merge(*make({}))
     matrices = D * (8 + 8 + 16 + 16 + 16) + D * 16 + 16 * 8
     assert layer.flops_per_token(100) == 2 * matrices + 4 * H * 2 * 4
-    convolutions, *_ = make({"use_short_conv": True})
+    convolutions = nnx.merge(*make({"use_short_conv": True}))
     assert convolutions.flops_per_token(100) == layer.flops_per_token(7) + 2 * 4 * (8 + 8 + 16)
 
 
