@@ -1,192 +1,49 @@
 """The GLA layer (arXiv 2312.06635, section 4.4), with the options of the authors' flash-linear-attention."""
 
 import dataclasses
-import functools
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from gla_jax.config import ConfigError
-from gla_jax.layers.activation import ACTIVATIONS
-from gla_jax.layers.check import check_divides, check_one_of
-from gla_jax.layers.linear import linear, linear_flops
-from gla_jax.layers.norm import RMSNorm
-from gla_jax.layers.short_convolution import ShortConvolution
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
-from pallas_kernels.gated_linear_attention import (
-    IMPLEMENTATIONS,
-    gated_linear_attention,
-    gated_linear_attention_step,
-)
-
-State = dict[str, Any]
+from gla_jax.layers.recurrent_attention import RecurrentAttention, RecurrentAttentionOptions
+from gla_jax.parallel.sharding import out_sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedLinearAttentionOptions:
+class GatedLinearAttentionOptions(RecurrentAttentionOptions):
     """What a GLA layer has beyond its size."""
 
-    expand_k: float = 0.5
-    """Size of all keys together, as a multiple of the model dimension."""
-    expand_v: float = 1.0
-    """Size of all values together, as a multiple of the model dimension."""
-    num_kv_heads: int | None = None
-    """Heads of key, value and gate, each shared by as many query heads; None: as many as query heads."""
-    feature_map: str | None = None
-    """Function of query and key, e.g. "relu"; None: the identity."""
-    use_short_conv: bool = False
-    """Convolve query, key and value along time first."""
-    conv_size: int = 4
-    conv_bias: bool = False
-    use_output_gate: bool = True
-    gate_fn: str = "swish"
-    """Function of the output gate."""
-    elementwise_affine: bool = True
-    """Give the norm of the heads' outputs a learned scale, one for all heads."""
     gate_logit_normalizer: float = 16.0
     """The forget gate is sigmoid(z) to the power of 1/this."""
     gate_low_rank_dim: int = 16
     """Rank of the map from x to the forget gate's logits z."""
     clamp_min: float | None = None
     """Least log forget gate; None: unbounded."""
-    implementation: str | tuple[str, ...] | None = None
-    """Of `pallas_kernels.gated_linear_attention`; None: the best there is."""
-    chunk_size: int | None = None
-    """Of `pallas_kernels.gated_linear_attention`; None: the tuned one."""
 
 
-class GatedLinearAttention(nnx.Module):
-    """Gated Linear Attention with a data-dependent forget gate for every key channel.
+class GatedLinearAttention(RecurrentAttention):
+    """Gated Linear Attention: a data-dependent forget gate for every key channel, g = log sigmoid(W2 W1 x + b) / 16.
 
-        q, k, v = Wq x, Wk x, Wv x        g = log sigmoid(W2 W1 x + b) / 16
-        S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = K^-0.5 S_t^T q_t
-        y = Wo (RMSNorm(o) * swish(Wg x))
-
-    Args:
-        hidden_size: model dimension D.
-        num_heads: query heads H.
-        options: everything else; see `GatedLinearAttention.Options`.
-        norm_eps: epsilon of the norm of the heads' outputs.
-        initializer_range: standard deviation of all weights.
-        dtype: compute dtype.
-        param_dtype: dtype that parameters are held in.
-        rngs: source of randomness.
-
-    Raises:
-        ConfigError: sizes that do not divide, or an unknown name.
+    See `RecurrentAttention` for the rest.
     """
 
-    Options = GatedLinearAttentionOptions
+    Options: ClassVar[type] = GatedLinearAttentionOptions
+    section = "model.mixers.gla"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        options: GatedLinearAttentionOptions = GatedLinearAttentionOptions(),
-        *,
-        norm_eps: float = 1e-6,
-        initializer_range: float = 0.02,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.check(hidden_size, num_heads, options)
-        self.options, self.dtype = options, dtype
-        self.num_heads, self.num_kv_heads = num_heads, options.num_kv_heads or num_heads
-        self.key_size = round(hidden_size * options.expand_k) // num_heads  # K
-        self.value_size = round(hidden_size * options.expand_v) // num_heads  # V
-        keys, values = self.num_kv_heads * self.key_size, self.num_kv_heads * self.value_size
-
-        weights = functools.partial(
-            linear, initializer_range=initializer_range, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        into_heads, rank = ("embed", "heads"), options.gate_low_rank_dim
-        self.query = weights(hidden_size, num_heads * self.key_size, into_heads)
-        self.key = weights(hidden_size, keys, into_heads)
-        self.value = weights(hidden_size, values, into_heads)
+    def _make_forget_gate(self, hidden_size: int, weights: Callable[..., nnx.Linear]) -> None:
+        rank = self.options.gate_low_rank_dim
         self.forget_gate_down = weights(hidden_size, rank, ("embed", None))
-        self.forget_gate_up = weights(rank, keys, (None, "heads"), use_bias=True)
-        self.output_gate = nnx.data(None)
-        if options.use_output_gate:
-            self.output_gate = weights(hidden_size, num_heads * self.value_size, into_heads)
-        self.output = weights(num_heads * self.value_size, hidden_size, ("heads", "embed"))
-        self.output_norm = RMSNorm(
-            self.value_size,
-            epsilon=norm_eps,
-            use_scale=options.elementwise_affine,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        widths = {"query": num_heads * self.key_size, "key": keys, "value": values} if options.use_short_conv else {}
-        self.convolutions = nnx.Dict(
-            {
-                name: ShortConvolution(
-                    width,
-                    options.conv_size,
-                    use_bias=options.conv_bias,
-                    initializer_range=initializer_range,
-                    dtype=dtype,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                for name, width in widths.items()
-            }
-        )
+        self.forget_gate_up = weights(rank, self.num_kv_heads * self.key_size, (None, "heads"), use_bias=True)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        state: State | None = None,
-        *,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, State]:
-        """Mix x [B, T, D] along time.
-
-        Args:
-            x: inputs, any T >= 1.
-            state: what an earlier call or `init_state` returned; None: zeros.
-            segment_ids: [B, T] int32; see `gla_jax.layers`.
-            positions: not used.
-
-        Returns:
-            y [B, T, D] in the compute dtype, and the state after the last token.
-        """
-        wide = out_sharding("batch", "time", "heads")
-        projected = {
-            "query": self.query(x, out_sharding=wide),
-            "key": self.key(x, out_sharding=wide),
-            "value": self.value(x, out_sharding=wide),
-        }
-        convolutions = {}
-        for name, convolution in self.convolutions.items():
-            past = None if state is None else state["convolutions"][name]
-            projected[name], convolutions[name] = convolution(projected[name], past, segment_ids=segment_ids)
-        query, key, value = projected["query"], projected["key"], projected["value"]
-
+    def _forget_gate(self, x: jax.Array) -> jax.Array:
+        """Return g [B, T, H_kv, K] in the compute dtype."""
         low_rank = self.forget_gate_down(x, out_sharding=out_sharding("batch", "time", None))
-        log_decay = self._log_decay(self.forget_gate_up(low_rank, out_sharding=wide))
-        if self.options.feature_map is not None:
-            query, key = (ACTIVATIONS[self.options.feature_map](x) for x in (query, key))
-
-        heads = lambda x, count: x.reshape(*x.shape[:2], count, -1)
-        query = heads(query, self.num_heads)
-        key, value, log_decay = (heads(x, self.num_kv_heads) for x in (key, value, log_decay))
-        out, recurrent = self._attend(
-            query, key, value, log_decay, None if state is None else state["recurrent"], segment_ids
-        )
-
-        out = self.output_norm(out.astype(jnp.float32))
-        out = shard(out, "batch", "time", "heads", None).reshape(*x.shape[:2], -1)
-        if self.output_gate is not None:
-            gate = self.output_gate(x, out_sharding=wide)
-            out = out * ACTIVATIONS[self.options.gate_fn](gate.astype(jnp.float32))
-        y = self.output(out.astype(self.dtype), out_sharding=out_sharding("batch", "time", "hidden"))
-        return y, {"recurrent": recurrent} | ({"convolutions": convolutions} if convolutions else {})
+        logits = self.forget_gate_up(low_rank, out_sharding=out_sharding("batch", "time", "heads"))
+        return self._log_decay(logits).reshape(*x.shape[:2], self.num_kv_heads, self.key_size)
 
     def _log_decay(self, logits: jax.Array) -> jax.Array:
         """Return g <= 0 in the compute dtype, which halves what the kernels read; the logarithm itself in float32."""
@@ -195,87 +52,16 @@ class GatedLinearAttention(nnx.Module):
             log_decay = jnp.maximum(log_decay, self.options.clamp_min)
         return log_decay.astype(self.dtype)
 
-    def _attend(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        log_decay: jax.Array,
-        state: jax.Array | None,
-        segment_ids: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Run the recurrence: one step of it for one token, else the parallel form."""
+    def _forget_gate_maps(self) -> tuple[nnx.Linear, ...]:
+        return (self.forget_gate_down, self.forget_gate_up)
 
-        def attend(query, key, value, log_decay, state, segment_ids):
-            if query.shape[1] == 1 and state is not None:  # a single token always continues from the state
-                out, state = gated_linear_attention_step(query[:, 0], key[:, 0], value[:, 0], log_decay[:, 0], state)
-                return out[:, None], state
-            return gated_linear_attention(
-                query,
-                key,
-                value,
-                log_decay,
-                initial_state=state,
-                segment_ids=segment_ids,
-                chunk_size=self.options.chunk_size,
-                implementation=self.options.implementation,
-            )
-
-        # The recurrence runs along time, so each device needs whole rows.
-        rows, states = ("batch", None, "heads", None), ("batch", "heads", None, None)
-        return per_shard(attend, (rows, rows, rows, rows, states, ("batch", None)), (rows, states))(
-            query, key, value, log_decay, state, segment_ids
-        )
-
-    def init_state(self, batch_size: int) -> State:
-        """Return the state before the first token of `batch_size` rows: {"recurrent": zeros [B, H, K, V] float32}.
-
-        With short convolutions also {"convolutions": {"query", "key", "value"}}, each [B, width - 1, channels].
-        """
-        shape = (batch_size, self.num_heads, self.key_size, self.value_size)
-        state: State = {"recurrent": zeros(shape, jnp.float32, "batch", "heads", None, None)}
-        if self.convolutions:
-            state["convolutions"] = {name: layer.init_state(batch_size) for name, layer in self.convolutions.items()}
-        return state
-
-    def flops_per_token(self, context_length: int) -> float:
-        """Return the FLOPs of the forward pass for one token: every linear map, and the recurrence itself.
-
-        The recurrence is counted as writing k v^T and reading S^T q, 4 K V per head, whatever the implementation
-        computes beyond that; so the context length does not matter.
-        """
-        maps = (self.query, self.key, self.value, self.forget_gate_down, self.forget_gate_up, self.output)
-        flops = linear_flops(*maps, self.output_gate) + 4.0 * self.num_heads * self.key_size * self.value_size
-        return flops + sum(layer.flops_per_token() for layer in self.convolutions.values())
-
-    @staticmethod
-    def check(hidden_size: int, num_heads: int, options: GatedLinearAttentionOptions) -> None:
+    @classmethod
+    def check(cls, hidden_size: int, num_heads: int, options: Any) -> None:
         """Raise ConfigError, in one sentence, if no layer can be made of these on the current mesh."""
-        section = "model.mixers.gla"
-        widths = {name: round(hidden_size * getattr(options, name)) for name in ("expand_k", "expand_v")}
-        for name, width in widths.items():
-            if width < 1:
-                raise ConfigError(
-                    f"{section}.{name}={getattr(options, name)} leaves heads without width; it must be above 0."
-                )
-            check_divides("model.num_heads", num_heads, f"model.hidden_size*{name}", width, math.gcd(*widths.values()))
-        kv_heads, kv_name = num_heads, "model.num_heads"
-        if options.num_kv_heads is not None:
-            kv_heads, kv_name = options.num_kv_heads, f"{section}.num_kv_heads"
-            check_divides(kv_name, kv_heads, "model.num_heads", num_heads)
-        check_divides("mesh.tensor", axis_size("heads"), kv_name, kv_heads)
-        check_one_of(f"{section}.feature_map", options.feature_map, (None, *ACTIVATIONS))
-        check_one_of(f"{section}.gate_fn", options.gate_fn, tuple(ACTIVATIONS))
-        implementations = (
-            options.implementation if isinstance(options.implementation, tuple) else (options.implementation,)
-        )
-        for implementation in implementations:
-            check_one_of(f"{section}.implementation", implementation, (None, *IMPLEMENTATIONS))
-        for field in ("conv_size", "gate_low_rank_dim", "chunk_size"):
-            value = getattr(options, field)
-            if value is not None and value < 1:
-                raise ConfigError(f"{section}.{field}={value} must be at least 1.")
+        super().check(hidden_size, num_heads, options)
+        if options.gate_low_rank_dim < 1:
+            raise ConfigError(f"{cls.section}.gate_low_rank_dim={options.gate_low_rank_dim} must be at least 1.")
         if options.gate_logit_normalizer <= 0:
-            raise ConfigError(f"{section}.gate_logit_normalizer={options.gate_logit_normalizer} must be above 0.")
+            raise ConfigError(f"{cls.section}.gate_logit_normalizer={options.gate_logit_normalizer} must be above 0.")
         if options.clamp_min is not None and options.clamp_min > 0:
-            raise ConfigError(f"{section}.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm.")
+            raise ConfigError(f"{cls.section}.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm.")
