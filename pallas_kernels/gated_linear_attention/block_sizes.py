@@ -14,20 +14,27 @@ class TpuBlockSizes:
         chunk: C, tokens of one chunk.
         step: Tokens of one grid step, at most.
         heads: Heads of one grid step, at most.
+        unroll: Chunks laid out in a straight line of code.
     """
 
     chunk: int
     step: int
     heads: int
+    unroll: int
 
     def halved(self) -> "TpuBlockSizes":
         """Return the sizes for float32 inputs, of which VMEM holds half as many."""
-        return TpuBlockSizes(min(self.chunk, 128), max(128, self.step // 2), max(1, self.heads // 2))
+        return TpuBlockSizes(min(self.chunk, 128), max(128, self.step // 2), max(1, self.heads // 2), 1)
 
 
 # From the device kind (its beginning) and (K, V) to the sizes; a smaller state takes those of the next larger entry.
 _TPU = {
-    "TPU": {(64, 64): (128, 512, 8), (128, 128): (128, 512, 4), (128, 256): (128, 512, 4), (256, 512): (128, 512, 2)},
+    "TPU": {
+        (64, 64): (128, 512, 8, 2),
+        (128, 128): (128, 512, 4, 2),
+        (128, 256): (128, 512, 4, 2),
+        (256, 512): (128, 512, 2, 2),
+    },
 }
 
 
@@ -38,4 +45,14 @@ def tpu_block_sizes(device_kind: str, key_dim: int, value_dim: int) -> TpuBlockS
     for (keys, values), sizes in table:
         if key_dim <= keys and value_dim <= values:
             return TpuBlockSizes(*sizes)
-    return TpuBlockSizes(128, 256, 1)
+    return TpuBlockSizes(128, 256, 1, 1)
+
+
+def gpu_value_tile(key_dim: int, value_dim: int, batch_heads: int) -> int:
+    """Return the value columns of a Hopper thread block: wide reads q, k and g less often, narrow fills the chip.
+
+    Measured on an H100 of 132 multiprocessors: forward at K=128, 64 columns against 128: 0.080 and 0.093 ms for
+    (B*H, V) = (64, 128), 0.158 and 0.096 ms for (64, 256).
+    """
+    fills = batch_heads * value_dim // 128 >= 120
+    return 128 if value_dim % 128 == 0 and key_dim <= 128 and fills else 64

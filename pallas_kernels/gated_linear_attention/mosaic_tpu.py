@@ -116,7 +116,7 @@ def gated_linear_attention(
     q, k, v = lanes(query, key_pad), lanes(spread(key), key_pad), lanes(spread(value), value_pad)
     g = None
     if log_decay is not None:
-        if log_decay.dtype not in (jnp.bfloat16, jnp.float32):
+        if sizes.gate == "scalar" or log_decay.dtype not in (jnp.bfloat16, jnp.float32):
             log_decay = log_decay.astype(jnp.float32)
         if log_decay.shape[2] != 1:
             log_decay = spread(log_decay)
@@ -171,6 +171,7 @@ def _sizes(
         scale=scale,
         chunk=chunk,
         step=chunk * per_step,
+        unroll=tuned.unroll,
         heads=heads,
         units=units,
         parts=parts,

@@ -40,7 +40,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
     split,
     to_column,
     to_row,
-    when_unbounded,
+    walk,
     where01,
 )
 
@@ -248,14 +248,6 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
         if gated:
             dpending_ref[...] = jnp.zeros_like(dpending_ref)
 
-    def by_flag(chunk: Any, bounded: Any, exact: Any) -> None:
-        if not gated:
-            bounded(chunk)
-            return
-        flag = flag_ref[chunk]
-        pl.when(flag == 0)(lambda: bounded(chunk))
-        when_unbounded(flag)(lambda: exact(chunk))
-
     if gated:
         prepare_gates(sizes, g_ref, d_ref, middle_ref, flag_ref)
         pending_ref[...] = jnp.zeros_like(pending_ref)
@@ -263,8 +255,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
         state_ref[unit] = saved_ref[unit].astype(jnp.float32)
     enter(0)
     last = sizes.chunks - 1
-    lax.fori_loop(0, last, lambda i, _: by_flag(i, advance_bounded, advance_exact), None)
-    lax.fori_loop(0, sizes.chunks, lambda i, _: by_flag(last - i, backward_bounded, backward_exact), None)
+    if last:
+        walk(sizes, [0, last - 1], flag_ref, advance_bounded, advance_exact)
+    walk(sizes, [last, 0], flag_ref, backward_bounded, backward_exact)
 
     if has_initial:
 

@@ -45,6 +45,7 @@ class Sizes:
         scale: Multiplies the query.
         chunk: C, tokens of one chunk.
         step: Tokens of one grid step, a multiple of `chunk`.
+        unroll: Chunks laid out in a straight line of code.
         heads: H, all heads.
         units: Units of one grid step.
         parts: Heads of one unit, 1 or 2.
@@ -58,6 +59,7 @@ class Sizes:
     scale: float
     chunk: int
     step: int
+    unroll: int
     heads: int
     units: int
     parts: int
@@ -248,8 +250,48 @@ def exact_gates(sizes: Sizes, g_ref: Any, rows: Any, unit: int) -> Any:
 
 
 def when_unbounded(flag: jax.Array) -> Any:
-    """Run the exact form where the flag asks for it; a name of its own, so that an estimate can leave it out."""
+    """Run what a flag of `prepare_gates` asks for; a name of its own, so that an estimate can leave it out."""
     return pl.when(flag != 0)
+
+
+def walk(sizes: Sizes, order: list[Any], flag_ref: Any, bounded: Any, exact: Any) -> None:
+    """Visit the chunks of the step, each in its form.
+
+    Where all are bounded, which is the rule, runs of `unroll` chunks are laid out in a straight line: the matrix unit
+    then works on one while the next one's gates are being exponentiated.
+
+    Args:
+        sizes: The kernel's sizes.
+        order: [first, last], the chunks to visit, in either direction.
+        flag_ref: The flags of `prepare_gates`; None without gates.
+        bounded: Called with a chunk.
+        exact: Called with a chunk.
+    """
+    first, last = order
+    count, sign = abs(last - first) + 1, 1 if last >= first else -1
+    unroll = min(count, sizes.unroll)
+
+    def bounded_run(index: Any, carry: None) -> None:
+        for i in range(unroll):
+            bounded(first + sign * (index * unroll + i))
+
+    def all_bounded() -> None:
+        lax.fori_loop(0, count // unroll, bounded_run, None)
+        for i in range(count - count % unroll, count):
+            bounded(first + sign * i)
+
+    def each(index: Any, carry: None) -> None:
+        chunk = first + sign * index
+        flag = flag_ref[chunk]
+        pl.when(flag == 0)(lambda: bounded(chunk))
+        when_unbounded(flag)(lambda: exact(chunk))
+
+    if flag_ref is None:
+        all_bounded()
+        return
+    unbounded = sum(flag_ref[chunk] for chunk in range(sizes.chunks))
+    pl.when(unbounded == 0)(all_bounded)
+    when_unbounded(unbounded)(lambda: lax.fori_loop(0, count, each, None))
 
 
 def document_masks(run_ref: Any, rows: Any, length: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

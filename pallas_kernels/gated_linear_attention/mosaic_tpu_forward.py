@@ -24,7 +24,7 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
     out_struct,
     prepare_gates,
     to_column,
-    when_unbounded,
+    walk,
     where01,
 )
 
@@ -133,17 +133,9 @@ def _forward_kernel(*refs: Any, sizes: Sizes, has_initial: bool, save_states: bo
             finish(rows, unit, q, k, attention, state, state * to_column(jnp.exp2(decay[length - 1 :])), masks)
         pending_ref[...] = jnp.zeros_like(pending_ref)
 
-    def walk(chunk: Any, carry: None) -> None:
-        if not gated:
-            bounded_chunk(chunk)
-            return
-        flag = flag_ref[chunk]
-        pl.when(flag == 0)(lambda: bounded_chunk(chunk))
-        when_unbounded(flag)(lambda: exact_chunk(chunk))
-
     if gated:
         prepare_gates(sizes, g_ref, d_ref, middle_ref, flag_ref)
-    lax.fori_loop(0, sizes.chunks, walk, None)
+    walk(sizes, [0, sizes.chunks - 1], flag_ref, bounded_chunk, exact_chunk)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _() -> None:
