@@ -10,8 +10,6 @@ as a second associative scan from the end.
 import jax
 import jax.numpy as jnp
 
-DEFAULT_CHUNK_SIZE = 32
-
 
 def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
     """Return None: plain JAX serves every call."""
@@ -21,7 +19,7 @@ def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, in
 def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
     """Compute the op chunk by chunk; see `api.py`. `interpret` does not matter here."""
     batch, time, channels = x.shape
-    chunk = min(chunk_size or DEFAULT_CHUNK_SIZE, time)
+    chunk = min(chunk_size or _tuned_chunk_size(), time)
     starts = None
     if segment_ids is not None:
         starts = jnp.zeros_like(segment_ids, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
@@ -36,6 +34,11 @@ def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size,
     tokens = jax.tree.map(cut, (x, delta, B, C, starts))
     y, state = _scan_chunks(tokens, A.astype(jnp.float32), state)
     return jnp.moveaxis(y, 0, 1).reshape(batch, -1, channels)[:, :time], state
+
+
+def _tuned_chunk_size():
+    """Return what was fast for its memory: on a CPU at x [1, 1024, 256], on an H100 at [8, 2048, 2048], N = 16."""
+    return 32 if jax.default_backend() == "cpu" else 64
 
 
 @jax.custom_vjp

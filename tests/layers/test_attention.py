@@ -159,3 +159,27 @@ def test_mistakes_are_said_in_one_sentence(hidden_size, num_heads, options, mess
     with pytest.raises(ConfigError) as error:
         Attention(hidden_size, num_heads, Attention.Options(**options), rngs=nnx.Rngs(0))
     assert str(error.value) == message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"num_kv_heads": 2}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_cudnn_equals_xla(options, packed):
+    segment_ids = jnp.asarray([[1] * 100 + [2] * 156] * B, jnp.int32) if packed else None
+    x, weight = (np.random.default_rng(seed).normal(size=(B, 256, 128)) for seed in (0, 1))
+
+    def run(dtype, implementation):
+        options_here = Attention.Options(implementation=implementation, **options)
+        layer = Attention(128, 4, options_here, initializer_range=0.1, dtype=dtype, rngs=nnx.Rngs(0))
+
+        def loss(x):
+            y = layer(x, segment_ids=segment_ids)[0]
+            return jnp.sum(y.astype(jnp.float32) * weight), y
+
+        (_, y), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.asarray(x, dtype))
+        return np.asarray(y, np.float64), np.asarray(gradient, np.float64)
+
+    exact = run(jnp.float32, "xla")
+    relative = lambda got: [np.sqrt(np.mean((g - w) ** 2) / np.mean(w**2)) for g, w in zip(got, exact, strict=True)]
+    errors, plain = relative(run(jnp.bfloat16, "cudnn")), relative(run(jnp.bfloat16, "xla"))
+    assert all(error < 1.5 * other < 3e-2 for error, other in zip(errors, plain, strict=True)), (errors, plain)
