@@ -120,9 +120,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
     def gate_gradient(reading: jax.Array, writing: jax.Array, through: jax.Array) -> jax.Array:
         """Return sum_{i >= j} reading_i + sum_{i < j} writing_i + through; through [1, ..] is that of the state."""
-        from_here, before = where01(iota(length, 0) <= iota(length, 1)), where01(iota(length, 0) > iota(length, 1))
-        terms = (2, 1) if dtype == jnp.bfloat16 else (3, 3)
-        return dot01(from_here, reading, terms[0]) + dot01(before, writing, terms[1]) + through
+        from_here = where01(iota(length, 0) <= iota(length, 1))
+        total = jnp.sum(writing, axis=0, keepdims=True) + through
+        return dot01(from_here, reading - writing, 2 if dtype == jnp.bfloat16 else 3) + total
 
     def store_gate_gradient(rows: Any, terms: list[tuple[jax.Array, jax.Array, jax.Array]], extra: Any = None) -> None:
         """Write the gates' gradient from (reading, writing, through) of each unit, plus an extra tile of each unit."""

@@ -1,0 +1,77 @@
+"""The TPU kernels through the real TPU compiler, which needs libtpu but no TPU: pytest -m tpu."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.tpu
+
+# One kernel per process: libtpu reads the environment once.
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from pallas_kernels.gated_linear_attention import mosaic_tpu, mosaic_tpu_step
+
+topology, key_dim, value_dim, dtype, kernel = json.loads(sys.argv[1])
+device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+mosaic_tpu._device = lambda: ("tpu", device.device_kind)
+shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+keys, values = shape(1, 1024, 4, key_dim), shape(1, 1024, 4, value_dim)
+state = shape(1, 4, key_dim, value_dim, dtype="float32")
+segments = shape(1, 1024, dtype="int32")
+
+def call(q, k, v, g, initial, segments):
+    assert mosaic_tpu.unsupported(q, k, v, g, initial, segments, chunk_size=None, interpret=False) is None
+    return mosaic_tpu.gated_linear_attention(
+        q, k, v, g, initial, segments, scale=1.0, chunk_size=None, interpret=False
+    )
+
+def train(q, k, v, g, initial, segments, dout, dstate):
+    results, pull = jax.vjp(lambda *a: call(*a, segments), q, k, v, g, initial)
+    return results, pull((dout, dstate))
+
+def step(q, k, v, g, state):
+    token = lambda x: x[:, 0]
+    return mosaic_tpu_step.gated_linear_attention_step(token(q), token(k), token(v), token(g), state, scale=1.0)
+
+arguments = {
+    "forward": (call, keys, keys, values, keys, state, None),
+    "train": (train, keys, keys, values, keys, state, None, values, state),
+    "packed": (train, keys, keys, values, shape(1, 1024, 4, 1), state, segments, values, state),
+    "step": (step, keys, keys, values, keys, state),
+}[kernel]
+compiled = jax.jit(arguments[0]).trace(*arguments[1:]).lower().compile()
+assert "tpu_custom_call" in compiled.as_text()
+print("compiled")
+"""
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+SHAPES = [(64, 64), (128, 128), (128, 256), (256, 512)]
+CALLS = [
+    *((chip, *shape, "bfloat16", kernel) for chip in TOPOLOGIES for shape in SHAPES for kernel in ("forward", "train")),
+    *((chip, 128, 256, "float32", "train") for chip in TOPOLOGIES),
+    *((chip, 64, 64, "bfloat16", "packed") for chip in TOPOLOGIES),
+    *((chip, 128, 256, "bfloat16", "step") for chip in TOPOLOGIES),
+]
+
+
+@pytest.mark.parametrize(("chip", "key_dim", "value_dim", "dtype", "kernel"), CALLS, ids=str)
+def test_compiles(chip, key_dim, value_dim, dtype, kernel):
+    pytest.importorskip("libtpu")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
+    }
+    call = json.dumps([TOPOLOGIES[chip], key_dim, value_dim, dtype, kernel])
+    child = subprocess.run(
+        [sys.executable, "-c", SCRIPT, call], env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0 and "compiled" in child.stdout, child.stderr[-3000:]
