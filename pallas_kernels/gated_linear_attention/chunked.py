@@ -21,6 +21,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOAT32 = jnp.float32
 
@@ -185,44 +186,49 @@ def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot):
 
 def _merge(q, k, a, dot):
     """Return (scores, q_in, k_out, merges) by merging neighbouring blocks, from single tokens to the whole chunk."""
-    blocks = lambda x: x[..., :, None, :]  # [..., number of blocks, tokens in a block, dim]
-    scores = blocks(jnp.sum(q * k, axis=-1, keepdims=True))
-    q, k, a = (
-        blocks(q * a),
-        blocks(k),
-        blocks(a),
-    )  # q, k: decayed from and to the borders of their block; a: all of its decay
+    chunk = q.shape[-2]
+    scores = jnp.where(np.eye(chunk, dtype=bool), jnp.sum(q * k, axis=-1, keepdims=True), 0.0)
+    # From here on [..., blocks, tokens, dim]: q, k decayed from and to the borders of their block, a its whole decay.
+    q, k, a = (x[..., :, None, :] for x in (q * a, k, a))
     merges = []
     while q.shape[-3] > 1:
         merges.append((q, k, a))
-        (q0, q1), (k0, k1), (a0, a1), (scores0, scores1) = map(_pairs, (q, k, a, scores))
+        (q0, q1), (k0, k1), (a0, a1) = map(_pairs, (q, k, a))
         across = dot("...ik,...jk->...ij", q1, k0)
-        before = jnp.concatenate([scores0, jnp.zeros_like(across)], axis=-1)
-        scores = jnp.concatenate([before, jnp.concatenate([across, scores1], axis=-1)], axis=-2)
+        n, size = across.shape[-3:-1]
+        tiled = jnp.broadcast_to(across[..., :, None, :, None, None, :], (*across.shape[:-3], n, 2, size, n, 2, size))
+        scores = jnp.where(_across(chunk, size), tiled.reshape(scores.shape), scores)
         q = jnp.concatenate([q0, q1 * a0], axis=-2)
         k = jnp.concatenate([k0 * a1, k1], axis=-2)
         a = a0 * a1
-    return *(x[..., 0, :, :] for x in (scores, q, k)), merges
+    return scores, q[..., 0, :, :], k[..., 0, :, :], merges
 
 
 def _merge_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot):
     """Return the gradients of q, k and log(a), undoing the merges of `_merge` one by one."""
-    d_scores, d_q, d_k = (x[..., None, :, :] for x in (d_scores, d_q_in, d_k_out))
-    d_g = jnp.zeros_like(d_q[..., :1, :])  # of the logarithm of each block's decay
+    chunk = q.shape[-2]
+    d_q, d_k = d_q_in[..., None, :, :], d_k_out[..., None, :, :]
+    d_g = jnp.zeros_like(d_q[..., 0, :])  # of the logarithm of each block's decay, [..., blocks, dim]
     for block_q, block_k, block_a in reversed(merges):
-        size = block_q.shape[-2]
         (_, q1), (k0, _), (a0, a1) = map(_pairs, (block_q, block_k, block_a))
-        d_across = d_scores[..., size:, :size]
-        d_q1, d_k0 = d_q[..., size:, :] * a0, d_k[..., :size, :] * a1
-        d_g0 = d_g + jnp.sum(d_q1 * q1, axis=-2, keepdims=True)
-        d_g1 = d_g + jnp.sum(d_k0 * k0, axis=-2, keepdims=True)
-        d_q = _unpaired(d_q[..., :size, :], d_q1 + dot("...ij,...jk->...ik", d_across, k0))
-        d_k = _unpaired(d_k0 + dot("...ij,...ik->...jk", d_across, q1), d_k[..., size:, :])
-        d_g = _unpaired(d_g0, d_g1)
-        d_scores = _unpaired(d_scores[..., :size, :size], d_scores[..., size:, size:])
-    d_scores, d_q, d_k, d_g = (x[..., 0, :] for x in (d_scores, d_q, d_k, d_g))
-    d_q = d_q * a
-    return d_q + d_scores * k, d_k + d_scores * q, d_q * q + d_g
+        n, size = q1.shape[-3:-1]
+        masked = jnp.where(_across(chunk, size), d_scores, 0.0)
+        d_across = masked.reshape(*masked.shape[:-2], n, 2, size, n, 2, size).sum(axis=(-5, -3, -2))
+        d_q0, d_q1, d_k0, d_k1 = d_q[..., :size, :], d_q[..., size:, :], d_k[..., :size, :], d_k[..., size:, :]
+        d_q1, d_k0 = d_q1 * a0, d_k0 * a1
+        d_g = d_g[..., :, None, :] + jnp.stack([d_q1 * q1, d_k0 * k0], axis=-3).sum(axis=-2)
+        d_g = d_g.reshape(*d_g.shape[:-3], 2 * n, -1)
+        d_q = _unpaired(d_q0, d_q1 + dot("...ij,...jk->...ik", d_across, k0))
+        d_k = _unpaired(d_k0 + dot("...ij,...ik->...jk", d_across, q1), d_k1)
+    d_q, d_k = d_q[..., 0, :] * a, d_k[..., 0, :]
+    d_own = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
+    return d_q + d_own * k, d_k + d_own * q, d_q * q + d_g
+
+
+def _across(chunk, size):
+    """Return where scores lie that merging blocks of this size adds: rows of odd blocks, columns of the one before."""
+    block = np.arange(chunk) // size
+    return (block[:, None] % 2 == 1) & (block[:, None] == block[None, :] + 1)
 
 
 def _pairs(x):
