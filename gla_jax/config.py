@@ -62,7 +62,7 @@ class DataConfig:
     corpus: str = "kjv"
     """"kjv", "stdlib", or "synthetic"; not read when `path` is given."""
     path: str | None = None
-    """A token file or folder made by `python -m gla_jax.data.prepare`, or several, or corpora, as "mine:0.7,kjv:0.3"."""
+    """A token file or folder made by `python -m gla_jax.data.prepare`; or several, or corpora: "mine:0.7,kjv:0.3"."""
     tokenizer: str = "bytes"
     """"bytes", a Hugging Face tokenizer.json, or a SentencePiece .model file."""
     sequence_length: int = 256
@@ -176,7 +176,9 @@ class Config:
     """Everything that defines a run."""
 
     seed: int = 0
+    """Of the parameters, the order of the data, and samples."""
     steps: int = 1000
+    """Updates in all; raise it to train a finished run on."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -188,7 +190,7 @@ class Config:
     profile: ProfileConfig = ProfileConfig()
     dtype: DtypeConfig = DtypeConfig()
     init_from: str | None = None
-    """A workdir whose parameters a new run starts from; a checkpoint in the run's own workdir wins."""
+    """A workdir whose parameters a new run starts with; a checkpoint in the run's own workdir wins."""
 
 
 # From a config file, flags or config.json to a checked Config -------------------------------------------------------

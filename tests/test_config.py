@@ -106,7 +106,8 @@ def test_a_mistake_is_answered_in_one_sentence(
 def test_a_mistake_in_a_config_file_names_the_place(body: str, sentence: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(
-        f"from gla_jax.config import default_config\n\ndef get_config():\n    c = default_config()\n    {body}\n    return c\n"
+        "from gla_jax.config import default_config\n\n"
+        f"def get_config():\n    c = default_config()\n    {body}\n    return c\n"
     )
     with pytest.raises(ConfigError) as caught:
         load(str(file))
@@ -132,7 +133,7 @@ def test_errors_of_a_config_files_own_are_not_hidden(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere.py: there is no such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.py: there is no such file"):
         load(str(tmp_path / "nowhere.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ConfigError, match=r"no function get_config\(\)"):
@@ -142,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_help_lists_every_field_with_its_default_and_meaning() -> None:
     lines = describe().splitlines()
     assert len(lines) == len(flat(build(default_config())))
-    assert any(line.split() == "--config.steps=1000".split() for line in lines)
+    assert any(line.split() == ["--config.steps=1000"] for line in lines)
     assert any("--config.optimizer.z_loss=0.0" in line and "Coefficient" in line for line in lines)
 
 

@@ -187,9 +187,8 @@ def _file_sizes(checkpoint: Path) -> dict[str, int]:
 
 def _check_sizes(checkpoint: Path) -> None:
     listed = checkpoint / _SIZES
-    if not listed.exists():
-        raise OSError(f"{_SIZES} is missing")
-    expected, found = json.loads(listed.read_text()), _file_sizes(checkpoint)
+    expected = json.loads(listed.read_text()) if listed.exists() else {}
+    found = _file_sizes(checkpoint)
     for name, size in expected.items():
         if found.get(name) != size:
             raise OSError(f"{name} has {found.get(name, 0):,} of {size:,} bytes")

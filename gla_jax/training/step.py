@@ -65,7 +65,7 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
         metrics = {
             "loss": sums["nll"] / tokens,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
         }
         if config.optimizer.z_loss:

@@ -50,7 +50,7 @@ def test_batches_that_do_not_split_are_refused() -> None:
         check_batch(8, 16, 2)
         with pytest.raises(ConfigError, match=r"data.batch_size=10 .* mesh.data\*mesh.fsdp=4; try 8 or 12"):
             check_batch(10, 16, 1)
-        with pytest.raises(ConfigError, match="optimizer.accumulation_steps=3; try 12"):
+        with pytest.raises(ConfigError, match=r"optimizer.accumulation_steps=3; try 12"):
             check_batch(4, 16, 3)
         with pytest.raises(ConfigError, match=r"data.sequence_length=15 .* mesh.sequence=2; try 14"):
             check_batch(8, 15, 1)
