@@ -96,7 +96,7 @@ class Block(nnx.Module):
         """Map x [B, T, D] to [B, T, D] and the mixer's state to the next."""
         mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
         x = x + mixed
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, state
 
