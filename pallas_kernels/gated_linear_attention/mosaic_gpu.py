@@ -1,0 +1,146 @@
+"""Gated Linear Attention on Hopper in Pallas Mosaic GPU: bfloat16 queries, keys and values, any gate, any length.
+
+This file makes the kernels one differentiable op: it pads head sizes to whole slabs of 64 channels, brings the gate to a
+shape that the kernels read without repeating it in memory, picks the kernels, and sums the gradients of what is shared.
+Rows need no padding: the copy engine reads zeros beyond their end, and a zero key with a zero log decay changes nothing.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gated_linear_attention.block_sizes import gpu_value_tile
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward import backward_inputs, backward_state, backward_sweep
+from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
+from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
+
+_MOST_CHUNKS = 65_535  # a grid's second and third axis
+
+
+def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chunk_size, interpret):
+    """Return why the Hopper kernels do not serve the call, or None; see `api.py`."""
+    key_dim, value_dim = query.shape[-1], value.shape[-1]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype != jnp.bfloat16:
+            return f"{name} is {x.dtype}; the kernels take bfloat16."
+    if log_decay is not None and log_decay.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"log_decay is {log_decay.dtype}; the kernels take bfloat16 or float32."
+    if key_dim > 256 or value_dim > 512:
+        return f"the head sizes are {key_dim} and {value_dim}; the kernels take at most 256 and 512."
+    if log_decay is not None and log_decay.dtype == jnp.float32 and key_dim > 128:
+        return f"log_decay is float32 with {key_dim} key channels; beyond 128 shared memory holds a bfloat16 gate only."
+    if chunk_size not in (None, CHUNK):
+        return f"chunk_size is {chunk_size}; the kernels walk chunks of {CHUNK}."
+    if query.shape[1] > _MOST_CHUNKS * CHUNK:
+        return f"a row has {query.shape[1]} tokens; a grid has room for {_MOST_CHUNKS * CHUNK}."
+    if not interpret:
+        if jax.default_backend() != "gpu":
+            return f"the backend is {jax.default_backend()}; the kernels need a Hopper GPU."
+        device = jax.devices()[0]
+        if getattr(device, "compute_capability", None) != "9.0":
+            return f"the GPU is {device.device_kind}; the kernels need a Hopper GPU (compute capability 9.0)."
+    return None
+
+
+def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+    """Compute the op on a Hopper GPU; see `api.py`."""
+    batch, time, heads, key_dim = query.shape
+    value_dim = value.shape[-1]
+    keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
+    # the copy engine wants whole groups of 8 tokens and a chunk at least; the interpreter's does not read beyond the end
+    tail = -time % (CHUNK if interpret or time < CHUNK else 8)
+    decay = _decay(log_decay, segment_ids, (batch, time, keys), tail)
+    pad = lambda x, width: jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, width - x.shape[-1])))
+    if initial_state is not None:
+        initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, keys - key_dim), (0, values - value_dim)))
+    arrays = (pad(query, keys), pad(key, keys), pad(value, values), decay, initial_state)
+    out, final_state = _ATTENTION[interpret](*arrays, scale, log_decay is not None, interpret)
+    return out[:, :time, :, :value_dim], final_state[:, :, :key_dim, :value_dim]
+
+
+def _decay(log_decay, segment_ids, shape, tail):
+    """Return log decays [B or 1, T or C, heads, K or SLAB] as `decay_source` reads them, with resets at new segments."""
+    time, keys = shape[1:]
+    constant = log_decay is None
+    if log_decay is None:
+        log_decay = jnp.zeros((1, 1, 1, 1), jnp.bfloat16)
+    if segment_ids is not None:
+        starts = jnp.zeros(segment_ids.shape, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        log_decay = jnp.where(starts[..., None, None], jnp.asarray(LEAST_LOG_DECAY, log_decay.dtype), log_decay)
+    rows, times, heads, channels = log_decay.shape
+    if times == 1:  # beyond the end of a row nothing may decay
+        times = CHUNK if time % CHUNK == 0 or constant else time
+    log_decay = jnp.broadcast_to(log_decay, (rows, times, heads, SLAB if channels == 1 else channels))
+    beyond, wider = tail if times == time else 0, 0 if channels == 1 else keys - channels
+    return jnp.pad(log_decay, ((0, 0), (0, beyond), (0, 0), (0, wider)))
+
+
+def _terms(decay):
+    """Return log decays as a sum of bfloat16 terms: two of them leave a float32 gate an error of 2^-17."""
+    if decay.dtype == jnp.bfloat16:
+        return (decay,)
+    decay = jnp.maximum(decay, LEAST_LOG_DECAY)
+    high = decay.astype(jnp.bfloat16)
+    return high, (decay - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _tile(query, value):
+    batch, _, heads, key_dim = query.shape
+    return gpu_value_tile(key_dim, value.shape[-1], batch * heads)
+
+
+def _sweeps(query, value, decay):
+    """Return whether the whole backward pass fits in one kernel."""
+    return query.shape[-1] == value.shape[-1] == SLAB and decay.dtype == jnp.bfloat16
+
+
+def _attention(query, key, value, decay, initial_state, scale, gated, interpret):
+    """Run the forward kernel; `gated` is False where nobody asks for the gradient of the decay."""
+    sizes = {"value_tile": _tile(query, value), "interpret": interpret}
+    return tuple(forward(query, key, value, _terms(decay), initial_state, scale=scale, **sizes))
+
+
+def _attention_forward(query, key, value, decay, initial_state, scale, gated, interpret):
+    sweeps = _sweeps(query, value, decay)
+    out, final_state, *saved = forward(
+        query, key, value, _terms(decay), initial_state, scale=scale, value_tile=_tile(query, value),
+        save="states" if sweeps else "scores", interpret=interpret,
+    )  # fmt: skip
+    return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
+
+
+def _attention_backward(scale, gated, interpret, residuals, gradients):
+    query, key, value, decay, initial_state, saved = residuals  # of the initial state: whether there was one
+    d_out, d_final = gradients
+    terms = _terms(decay)
+    common = {"scale": scale, "interpret": interpret}
+    if _sweeps(query, value, decay):
+        dq, dk, dv, dg, d_initial = backward_sweep(query, key, value, terms, d_out, *saved, d_final, **common)
+    else:
+        states, exact, scores = saved
+        common_state = {**common, "value_tile": _tile(query, value)}
+        du, dv, d_initial = backward_state(query, key, terms, d_out, exact, scores, d_final, **common_state)
+        dq, dk, dg = backward_inputs(query, key, value, terms, d_out, states, du, exact, **common)
+    d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
+    return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial
+
+
+def _sum_to(gradient, like):
+    """Sum a gradient [B, T, H, channels] over what `like` shares: rows, chunks, consecutive heads, slabs."""
+    if gradient.shape == like.shape:
+        return gradient.astype(like.dtype)
+    rows, time, heads, channels = like.shape
+    batch, tokens, all_heads, width = gradient.shape
+    beyond = -tokens % time
+    gradient = jnp.pad(gradient, ((0, 0), (0, beyond), (0, 0), (0, 0))).astype(jnp.float32)
+    split = (batch // rows, rows, (tokens + beyond) // time, time, heads, all_heads // heads, width // channels, channels)
+    return gradient.reshape(split).sum(axis=(0, 2, 5, 6)).astype(like.dtype)
+
+
+def _differentiable(interpret):
+    """Give the forward pass its gradient; under `jax.checkpoint` its first run then saves nothing for it."""
+    attention = jax.custom_vjp(_attention, nondiff_argnums=(5, 6, 7))
+    attention.defvjp(_attention_forward, _attention_backward, optimize_remat=not interpret)  # the interpreter has effects
+    return attention
+
+
+_ATTENTION = {interpret: _differentiable(interpret) for interpret in (False, True)}

@@ -1,0 +1,260 @@
+"""The algebra of one chunk on Hopper, shared by the forward and the backward kernels.
+
+Letters: G is the running sum of log decays inside a chunk of C = 64 tokens, m = 31 its middle row.
+
+Bounded chunks, where no channel decays by more than e^-60 over half a chunk (for a trained gate, all of them), use one
+pair of gated tiles for everything. With D = G - G_m, a triangular product W g with W in {-1, 0, 1},
+
+    q' = scale q e^D,   k' = k e^-D,   A = tril(q' k'^T),   R = e^{G_m} S,   U = R + k'^T v
+    o  = q' R + A v,    S_next = e^{G_last - G_m} U.
+
+All other chunks (strong gates, resets) take references that make every exponent <= 0:
+
+    q' = scale q e^G,   k' = k e^{G_last - G},   R = S,   U = e^{G_last} R + k'^T v,   S_next = U
+
+and A = sum over 7 levels of mask_l o (q_l k_l^T): level 0 is the diagonal; level l > 0 cuts the chunk into blocks of 2^l
+rows and pairs the second half of a block with its first half, both relative to the last row of the first half. The
+exponents of a level are again a product W_l g with 0/1 entries, so nothing cancels, however strong the gate.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import math as mlir_math
+
+CHUNK = 64  # tokens
+MIDDLE = 31  # the reference row
+SLAB = 64  # key channels handled at once: one 128-byte swizzle
+LEVELS = 7
+BOUND = 60.0  # on |D|: e^60 leaves room for sums in float32
+LEAST_LOG_DECAY = -128.0  # exp is 0 in float32 here and below; keeps -inf out of products with 0
+
+F32, BF16 = jnp.float32, jnp.bfloat16
+WGMMA = plgpu.Layout.WGMMA
+ROW, COL = WGMMA.reduce(1), WGMMA.reduce(0)
+
+_i, _j = np.arange(CHUNK)[:, None], np.arange(CHUNK)[None]
+# The sums of g up to the middle row and after it, in rows 0 and 1: a matrix product takes 8 at least.
+SELECT = np.zeros((8, CHUNK), F32)
+SELECT[0, : MIDDLE + 1] = SELECT[1, MIDDLE + 1 :] = 1
+SHIFTED, FROM_HERE, BEFORE, UP_TO_HERE, AFTER = range(5)
+TRIANGLES = np.stack(
+    [1.0 * (_j <= _i) - (_j <= MIDDLE), _j >= _i, _j < _i, _j <= _i, _j > _i]  # rows of W, in the order above
+).astype(F32)
+
+
+def _level(level):
+    """Return (W_l, mask_l) of a level."""
+    if level == 0:
+        return np.zeros((CHUNK, CHUNK)), _i == _j
+    half = 2 ** (level - 1)
+    block, reference = _i // (2 * half), _i // (2 * half) * 2 * half + half - 1
+    second = _i > reference
+    sums = np.where(second, (_j > reference) & (_j <= _i), (_j > _i) & (_j <= reference))
+    return sums, second & (_j // (2 * half) == block) & (_j <= reference)
+
+
+LEVEL_TABLES = np.stack([np.stack(pair) for pair in zip(*map(_level, range(LEVELS)), strict=True)]).astype(F32)
+
+
+def constants():
+    """Return SELECT, TRIANGLES and LEVEL_TABLES [2, LEVELS, C, C] in bfloat16, as literals."""
+    return tuple(jnp.asarray(x, BF16) for x in (SELECT, TRIANGLES, LEVEL_TABLES))
+
+
+def tile(*shape):
+    """Return a bfloat16 buffer in shared memory, tiled and swizzled for the tensor cores and the copy engine."""
+    swizzle = plgpu.find_swizzle(shape[-1] * 16)
+    return plgpu.SMEM(shape, BF16, transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)))
+
+
+def barrier(arrivals, count=1):
+    """Return `count` barriers that complete after `arrivals` copies or warpgroups."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def kernel(body, *, name, interpret, **kwargs):
+    """Return `body` as a kernel of three warpgroups."""
+    return plgpu.kernel(
+        body,
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+        ),
+        **kwargs,
+    )
+
+
+def result(shape, dtype, like):
+    """Return the type of a kernel's result that varies over the same manual mesh axes as `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def load(ref):
+    """Read a tile into registers as float32."""
+    return plgpu.load(ref, layout=WGMMA, optimized=False).astype(F32)
+
+
+def matmul(*pairs, shape=(CHUNK, CHUNK)):
+    """Sum `a @ b` over pairs of operands in shared memory, into float32 registers.
+
+    The barrier keeps arithmetic from moving before the wait for the tensor cores.
+    """
+
+    def go(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return lax.optimization_barrier(pl.run_scoped(go, plgpu.ACC(shape, F32)))
+
+
+def add_matmul(x, a, b, *, interpret):
+    """Return `x + a @ b`, accumulated in place."""
+    if interpret:  # which has no accumulators that start from a value
+        return x + matmul((a, b), shape=x.shape)
+    return lax.optimization_barrier(pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(x)))
+
+
+def along_rows(x, shape):
+    """Broadcast a value a row over the columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def exceeds_bound(*arrays, interpret):
+    """Return whether any element of the arrays is beyond BOUND or NaN, the same scalar in all threads."""
+    if interpret:
+        return jnp.logical_not(jnp.all(jnp.stack([jnp.all(jnp.abs(x) <= BOUND) for x in arrays])))
+
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,) * len(arrays), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+    )
+    def vote(_, *registers):
+        i32 = ir.IntegerType.get_signless(32)
+        largest = None
+        for register in (r for array in registers for r in array.registers.flat):
+            magnitude = mlir_math.absf(register)
+            largest = magnitude if largest is None else arith.maximumf(largest, magnitude)
+        beyond = mgpu.c(0, i32)
+        for lane in range(ir.VectorType(largest.type).shape[0]):
+            value = llvm.extractelement(largest, mgpu.c(lane, i32))
+            within = arith.cmpf(arith.CmpFPredicate.OLE, value, mgpu.c(BOUND, value.type))
+            beyond = arith.select(within, beyond, mgpu.c(1, i32))
+        voted = llvm.inline_asm(
+            i32,
+            [beyond, mgpu.utils.warpgroup_barrier_idx(sync=False)],
+            "{ .reg .pred p; setp.ne.s32 p, $1, 0; barrier.cta.red.or.pred p, $2, 128, p; selp.s32 $0, 1, 0, p; }",
+            "=r,r,r",
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(voted, (), is_signed=True)
+
+    return vote(*arrays) > 0
+
+
+def clamp_log_decay(refs):
+    """Replace -inf in tiles of log decays by a finite number that means the same."""
+    for ref in refs:
+        ref[...] = jnp.maximum(load(ref), LEAST_LOG_DECAY).astype(BF16)
+    plgpu.commit_smem()
+
+
+def exact_scores(tables, first, tiles, slabs, scale, buffers):
+    """Return A [C, C] in float32 by levels.
+
+    Args:
+        tables: LEVEL_TABLES in global memory.
+        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute addresses
+            for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        tiles: from the index of a slab to its (q, k, [g...]), with one or two terms of g.
+        slabs: how many.
+        scale: of the query.
+        buffers: three tiles to work in.
+    """
+    w, q_level, k_level = buffers
+
+    def level(number, scores):
+        w[...] = plgpu.load(tables.at[0, first + number], layout=WGMMA, optimized=False)
+        plgpu.commit_smem()
+
+        def slab(s, product):
+            q, k, g = tiles(s)
+            decay = jnp.exp(matmul(*((w, term) for term in g)))
+            q_level[...] = (load(q) * (decay * scale)).astype(BF16)
+            k_level[...] = (load(k) * decay).astype(BF16)
+            plgpu.commit_smem()
+            return product + matmul((q_level, k_level.T))
+
+        product = lax.fori_loop(0, slabs, slab, zeros((CHUNK, CHUNK)))
+        return jnp.where(load(tables.at[1, first + number]) > 0, product, scores)
+
+    return lax.fori_loop(0, LEVELS, level, zeros((CHUNK, CHUNK)))
+
+
+def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, product=None):
+    """Return one side of the gradient of the scores by levels, d q or d k, and its product with q_l or k_l.
+
+    The products of the two sides cancel in the gradient of g but for rounding: both multiply the rounded operands.
+
+    Args:
+        tables: LEVEL_TABLES in global memory.
+        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute addresses
+            for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        masked: M = tril(do v^T), a tile.
+        q, k, g: tiles; g a list of terms.
+        scale: of the query.
+        buffers: two tiles to work in.
+        of_query: which side.
+        product: what to add the product to.
+    """
+    left, other = buffers
+
+    def level(number, carry):
+        gradient, product = carry
+        left[...] = plgpu.load(tables.at[0, first + number], layout=WGMMA, optimized=False)
+        plgpu.commit_smem()
+        decay = jnp.exp(matmul(*((left, term) for term in g)))
+        left[...] = jnp.where(load(tables.at[1, first + number]) > 0, load(masked), 0.0).astype(BF16)
+        mine, theirs = (q, k) if of_query else (k, q)
+        my_factor, their_factor = (decay * scale, decay) if of_query else (decay, decay * scale)
+        other[...] = (load(theirs) * their_factor).astype(BF16)
+        plgpu.commit_smem()
+        x = matmul((left if of_query else left.T, other))
+        rounded = (load(mine) * my_factor).astype(BF16).astype(F32)
+        return gradient + my_factor * x, product + rounded * x
+
+    nothing = zeros((CHUNK, SLAB))
+    return lax.fori_loop(0, LEVELS, level, (nothing, nothing if product is None else product))
+
+
+def zeros(shape):
+    """Return float32 zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA)
+
+
+def decay_source(ref, row, n, head, heads, slab):
+    """Return the tile of log decays of one chunk and slab; a size that does not match is 1, or constant along the axis.
+
+    Args:
+        ref: [B or 1, T or C, H or fewer, K or SLAB] in global memory.
+        row, n, head, slab: which batch row, chunk, query head, slab.
+        heads: H.
+    """
+    rows, time, decay_heads, channels = ref.shape
+    return ref.at[
+        row if rows > 1 else 0,
+        pl.ds(0 if time == CHUNK else n * CHUNK, CHUNK),
+        lax.div(head, heads // decay_heads),
+        pl.ds(slab * SLAB if channels > SLAB else 0, SLAB),
+    ]

@@ -1,0 +1,149 @@
+"""The Hopper kernels in the interpreter against the recurrence in float64, and their lowering for CUDA."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+mosaic_gpu = importlib.import_module("pallas_kernels.gated_linear_attention.mosaic_gpu")
+NAMES = ("query", "key", "value", "log_decay", "initial_state")
+
+# B, T, H, H_kv, K, V, gate, what else
+CASES = {
+    "bounded": (1, 128, 1, 1, 64, 64, "bfloat16", ""),
+    "no gate, tail": (1, 70, 1, 1, 32, 48, "none", ""),
+    "resets and -inf": (1, 128, 1, 1, 64, 64, "strong", "initial segments"),
+    "scalar float32, shared heads": (1, 64, 2, 1, 64, 64, "scalar", "initial"),
+    "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
+}
+
+
+def truth(query, key, value, log_decay, initial_state, segment_ids, scale, d_out, d_final):
+    """Return (out, final_state) and the gradients of NAMES in float64, token by token."""
+    q, k, v, d_out, d_final = (np.asarray(x, np.float64) for x in (query, key, value, d_out, d_final))
+    batch, time, heads, key_dim = q.shape
+    group = heads // k.shape[2]
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    g = np.zeros((1, 1, 1, 1)) if log_decay is None else np.asarray(log_decay, np.float64)
+    g_heads = np.repeat(g, group, axis=2) if g.shape[2] == heads // group else g
+    decay = np.exp(np.broadcast_to(g_heads, q.shape)).copy()
+    if segment_ids is not None:
+        ids = np.asarray(segment_ids)
+        decay[:, 1:][ids[:, 1:] != ids[:, :-1]] = 0
+    state = np.zeros((batch, heads, key_dim, v.shape[-1]))
+    if initial_state is not None:
+        state = np.asarray(initial_state, np.float64)
+    states, out = [state], np.zeros(q.shape[:3] + v.shape[-1:])
+    for t in range(time):
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        out[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], state)
+        states.append(state)
+    dq, dk, dv, dg, d_state = np.zeros_like(q), np.zeros_like(q), np.zeros_like(v), np.zeros_like(q), d_final
+    for t in reversed(range(time)):
+        dq[:, t] = scale * np.einsum("bhkv,bhv->bhk", states[t + 1], d_out[:, t])
+        d_state = d_state + scale * q[:, t, :, :, None] * d_out[:, t, :, None, :]
+        dk[:, t] = np.einsum("bhkv,bhv->bhk", d_state, v[:, t])
+        dv[:, t] = np.einsum("bhkv,bhk->bhv", d_state, k[:, t])
+        d_state = decay[:, t, :, :, None] * d_state
+        dg[:, t] = (d_state * states[t]).sum(-1)
+    per_kv = lambda x: x.reshape(*x.shape[:2], heads // group, group, x.shape[-1]).sum(3)
+    if g.shape[2] == heads // group:
+        dg = per_kv(dg)
+    dg = dg.sum(axis=tuple(i for i in range(4) if g.shape[i] == 1 and dg.shape[i] > 1), keepdims=True)
+    return (out, states[-1]), (dq, per_kv(dk), per_kv(dv), dg, d_state)
+
+
+def error(x, expected):
+    x = np.asarray(x, np.float64)
+    assert np.isfinite(x).all()
+    return np.sqrt(np.mean((x - expected) ** 2) / max(np.mean(expected**2), 1e-30))
+
+
+def inputs(batch, time, heads, kv_heads, key_dim, value_dim, gate, more, seed=0):
+    random = np.random.default_rng(seed)
+    normal = lambda *shape: random.standard_normal(shape)
+    bfloat16 = lambda *shape: jnp.asarray(normal(*shape), jnp.bfloat16)
+    log_decay = -np.log1p(np.exp(-normal(batch, time, kv_heads, 1 if "scalar" in gate else key_dim))) / 16
+    if "strong" in gate:
+        log_decay = np.where(random.random(log_decay.shape) < 0.01, -np.inf, 20 * log_decay)
+        log_decay = np.where(random.random(log_decay.shape) < 0.01, -1e4, log_decay)
+    dtype = jnp.float32 if "float32" in gate or "scalar" in gate else jnp.bfloat16
+    return (
+        bfloat16(batch, time, heads, key_dim),
+        bfloat16(batch, time, kv_heads, key_dim),
+        bfloat16(batch, time, kv_heads, value_dim),
+        None if gate == "none" else jnp.asarray(log_decay, dtype),
+        jnp.asarray(normal(batch, heads, key_dim, value_dim), jnp.float32) if "initial" in more else None,
+        jnp.asarray(np.cumsum(random.random((batch, time)) < 0.05, axis=1), jnp.int32) if "segments" in more else None,
+    ), (bfloat16(batch, time, heads, value_dim), jnp.asarray(normal(batch, heads, key_dim, value_dim), jnp.float32))
+
+
+def check(shape, *, interpret, seed=0):
+    """Hold results and gradients against float64; return the errors."""
+    arguments, cotangents = inputs(*shape, seed=seed)
+    scale = 0.7 * shape[4] ** -0.5
+    assert mosaic_gpu.unsupported(*arguments, chunk_size=None, interpret=interpret) is None
+
+    @jax.jit
+    def run(differentiable, segment_ids, cotangents):
+        op = lambda *x: mosaic_gpu.gated_linear_attention(
+            *x, segment_ids, scale=scale, chunk_size=None, interpret=interpret
+        )
+        results, pull_back = jax.vjp(op, *differentiable)
+        return results, pull_back(cotangents)
+
+    results, gradients = run(arguments[:5], arguments[5], cotangents)
+    expected, expected_gradients = truth(*arguments, scale, *cotangents)
+    errors = {name: error(*pair) for name, *pair in zip(("out", "final_state"), results, expected, strict=True)}
+    for name, value, gradient, right in zip(NAMES, arguments[:5], gradients, expected_gradients, strict=True):
+        if value is not None:
+            assert gradient.shape == value.shape and gradient.dtype == value.dtype, name
+            errors["d " + name] = error(gradient, right)
+    for name, size in errors.items():
+        assert size < (8e-3 if name.startswith("d ") else 4e-3), (shape, errors)
+    return errors
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # 0 * -inf, which is how the kernel finds it
+@pytest.mark.parametrize("case", CASES)
+def test_interpreter_matches_float64(case):
+    check(CASES[case], interpret=True)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (32, 1024, 16, 64, 64),
+        (16, 2048, 4, 128, 256),
+        (16, 2048, 4, 256, 512),
+        (1, 32768, 4, 256, 512),
+        (4, 2048, 16, 128, 128),
+        (1, 1000, 2, 96, 80),
+    ],
+    ids=str,
+)
+def test_lowers_for_cuda(shape):
+    batch, time, heads, key_dim, value_dim = shape
+    like = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    keys, values = like(batch, time, heads, key_dim), like(batch, time, heads, value_dim)
+    op = functools.partial(mosaic_gpu.gated_linear_attention, scale=1.0, chunk_size=None, interpret=False)
+
+    def loss(q, k, v, g):
+        out, state = op(q, k, v, g, None, None)
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(keys, keys, values, keys).lower(
+        lowering_platforms=("cuda",)
+    ).as_text()
+    assert "gla_backward" in text and "gla_forward" in text
+
+
+def test_says_why_it_does_not_serve():
+    (q, k, v, g, _, _), _ = inputs(1, 64, 1, 1, 64, 64, "bfloat16", "")
+    reason = functools.partial(mosaic_gpu.unsupported, chunk_size=None, interpret=True)
+    assert "query is float32" in reason(q.astype(jnp.float32), k, v, g, None, None)
+    assert "chunks of 64" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=32, interpret=True)
+    assert "backend is cpu" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=None, interpret=False)
