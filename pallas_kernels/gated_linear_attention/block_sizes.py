@@ -12,29 +12,54 @@ class TpuBlockSizes:
 
     Attributes:
         chunk: C, tokens of one chunk.
-        step: Tokens of one grid step, at most.
         heads: Heads of one grid step, at most.
-        unroll: Chunks laid out in a straight line of code.
+        step: Tokens of one grid step of the forward kernel, at most.
+        unroll: Chunks laid out in a straight line of code, in the forward kernel.
+        backward_step: Tokens of one grid step of the backward kernel, and of the forward that saves states for it.
+        backward_unroll: Chunks laid out in a straight line of code, in the backward kernel.
     """
 
     chunk: int
-    step: int
     heads: int
+    step: int
     unroll: int
+    backward_step: int
+    backward_unroll: int
 
     def halved(self) -> "TpuBlockSizes":
         """Return the sizes for float32 inputs, of which VMEM holds half as many."""
-        return TpuBlockSizes(min(self.chunk, 128), max(128, self.step // 2), max(1, self.heads // 2), 1)
+        step, backward_step = max(128, self.step // 2), max(128, self.backward_step // 2)
+        return TpuBlockSizes(min(self.chunk, 128), max(1, self.heads // 2), step, 1, backward_step, 1)
 
 
 # From the device kind (its beginning) and (K, V) to the sizes; a smaller state takes those of the next larger entry.
+_TPU_V5E = {
+    (64, 64): (128, 8, 512, 2, 512, 1),
+    (128, 128): (128, 4, 1024, 2, 512, 1),
+    (128, 256): (128, 4, 512, 2, 512, 1),
+    (256, 512): (128, 2, 512, 4, 512, 1),
+}
+_TPU_V5P = {
+    (64, 64): (128, 8, 1024, 2, 512, 1),
+    (128, 128): (128, 4, 1024, 2, 512, 1),
+    (128, 256): (128, 4, 1024, 4, 512, 1),
+    (256, 512): (128, 2, 1024, 4, 512, 2),
+}
+# The matrix unit of 256 x 256 wants chunks of 256.
+_TPU_V6E = {
+    (64, 64): (256, 8, 1024, 1, 512, 1),
+    (128, 128): (256, 4, 1024, 1, 512, 1),
+    (128, 256): (256, 4, 1024, 1, 512, 1),
+    (256, 512): (256, 2, 1024, 2, 512, 1),
+}
 _TPU = {
-    "TPU": {
-        (64, 64): (128, 512, 8, 2),
-        (128, 128): (128, 512, 4, 2),
-        (128, 256): (128, 512, 4, 2),
-        (256, 512): (128, 512, 2, 2),
-    },
+    "TPU": _TPU_V5E,
+    "TPU v5 lite": _TPU_V5E,
+    "TPU v5e": _TPU_V5E,
+    "TPU v5": _TPU_V5P,
+    "TPU v5p": _TPU_V5P,
+    "TPU v6": _TPU_V6E,
+    "TPU7": _TPU_V6E,
 }
 
 
@@ -45,7 +70,7 @@ def tpu_block_sizes(device_kind: str, key_dim: int, value_dim: int) -> TpuBlockS
     for (keys, values), sizes in table:
         if key_dim <= keys and value_dim <= values:
             return TpuBlockSizes(*sizes)
-    return TpuBlockSizes(128, 256, 1, 1)
+    return TpuBlockSizes(128, 1, 256, 1, 256, 1)
 
 
 def gpu_value_tile(key_dim: int, value_dim: int, batch_heads: int) -> int:

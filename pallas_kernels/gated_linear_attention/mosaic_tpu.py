@@ -5,8 +5,10 @@ of them, so nothing is transposed in HBM. What the caller's shapes lack is padde
 gates and keys of zero, which leave the state untouched; K and V to multiples of 64.
 """
 
+import dataclasses
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,6 +18,16 @@ from pallas_kernels.gated_linear_attention.block_sizes import tpu_block_sizes
 from pallas_kernels.gated_linear_attention.mosaic_tpu_backward import backward
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import Sizes
 from pallas_kernels.gated_linear_attention.mosaic_tpu_forward import forward
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The sizes of a call's kernels: forward alone; or forward with states saved at every grid step, and backward."""
+
+    forward: Sizes
+    training_forward: Sizes
+    backward: Sizes
+
 
 CHUNK_SIZES = (64, 128, 256)
 SMALLEST_DIM, LARGEST_DIM = 32, 1024
@@ -100,7 +112,8 @@ def gated_linear_attention(
     key_pad, value_pad = _padded_dim(key_dim) - key_dim, _padded_dim(value_dim) - value_dim
     parts = 1 if (key_dim + key_pad) % 128 == 0 and (value_dim + value_pad) % 128 == 0 else 2
     head_pad = heads % parts
-    sizes = _sizes(query, value, log_decay, segment_ids, scale, chunk_size, heads + head_pad, parts)
+    kernels = _sizes(query, value, log_decay, segment_ids, scale, chunk_size, heads + head_pad, parts)
+    sizes = kernels.training_forward
     time_pad = -time % sizes.step
 
     def spread(x: jax.Array) -> jax.Array:
@@ -128,7 +141,7 @@ def gated_linear_attention(
     if initial is not None and (head_pad or key_pad or value_pad):
         initial = jnp.pad(initial, ((0, 0), (0, head_pad), (0, key_pad), (0, value_pad)))
     run = None if segment_ids is None else _runs(segment_ids, time_pad, sizes.chunk)
-    out, final = _attend(sizes, interpret, q, k, v, g, run, initial)
+    out, final = _attend(kernels, interpret, q, k, v, g, run, initial)
     out = out.reshape(batch, time + time_pad, sizes.heads, sizes.value_dim)[:, :time, :heads, :value_dim]
     return out, final[:, :heads, :key_dim, :value_dim]
 
@@ -155,7 +168,7 @@ def _sizes(
     chunk_size: Any,
     heads: int,
     parts: int,
-) -> Sizes:
+) -> Kernels:
     """Choose what to compile for a call."""
     key_dim, value_dim = _padded_dim(query.shape[-1]), _padded_dim(value.shape[-1])
     narrow = query.dtype == value.dtype == jnp.bfloat16
@@ -166,11 +179,13 @@ def _sizes(
     units = math.gcd(heads // parts, max(1, tuned.heads // parts))
     chunks = -(-query.shape[1] // chunk)
     # The fewest chunks to walk, padding included, with a grid step costing about as much as half a chunk.
-    per_step = min(range(1, max(1, tuned.step // chunk) + 1), key=lambda n: -(-chunks // n) * (n + 0.5))
-    return Sizes(
+    per_step = min(range(1, max(1, tuned.backward_step // chunk) + 1), key=lambda n: -(-chunks // n) * (n + 0.5))
+    steps, step = -(-chunks // per_step), chunk * per_step
+    merged = max(n for n in range(1, steps + 1) if steps % n == 0 and (n == 1 or n * step <= tuned.step))
+    training = Sizes(
         scale=scale,
         chunk=chunk,
-        step=chunk * per_step,
+        step=step,
         unroll=tuned.unroll,
         heads=heads,
         units=units,
@@ -180,6 +195,11 @@ def _sizes(
         dtype=jnp.bfloat16 if narrow else jnp.float32,
         gate="none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "channel",
         packed=segment_ids is not None,
+    )
+    return Kernels(
+        forward=dataclasses.replace(training, step=merged * step),
+        training_forward=training,
+        backward=dataclasses.replace(training, unroll=tuned.backward_unroll),
     )
 
 
@@ -195,24 +215,28 @@ def _runs(segment_ids: jax.Array, time_pad: int, chunk: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(
-    sizes: Sizes, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any
+    kernels: Kernels, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Run the forward kernel on padded arrays; see `forward` for their shapes."""
-    out, final = forward(sizes, q, k, v, g, run, initial, save_states=False, interpret=interpret)
+    out, final = forward(kernels.forward, q, k, v, g, run, initial, save_states=False, interpret=interpret)
     return out, final
 
 
-def _attend_forward(sizes: Sizes, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any) -> Any:
-    out, final, saved = forward(sizes, q, k, v, g, run, initial, save_states=True, interpret=interpret)
+def _attend_forward(kernels: Kernels, interpret: Any, q: Any, k: Any, v: Any, g: Any, run: Any, initial: Any) -> Any:
+    out, final, saved = forward(
+        kernels.training_forward, q, k, v, g, run, initial, save_states=True, interpret=interpret
+    )
     # Residuals are arrays; whether there is an initial state is said by the structure alone.
     return (out, final), (q, k, v, g, run, saved, None if initial is None else ())
 
 
-def _attend_backward(sizes: Sizes, interpret: Any, residuals: Any, gradients: Any) -> Any:
+def _attend_backward(kernels: Kernels, interpret: Any, residuals: Any, gradients: Any) -> Any:
     q, k, v, g, run, saved, marker = residuals
     has_initial = marker is not None
     dout, dfinal = gradients
-    grads = list(backward(sizes, q, k, v, g, run, saved, dout, dfinal, has_initial=has_initial, interpret=interpret))
+    grads = list(
+        backward(kernels.backward, q, k, v, g, run, saved, dout, dfinal, has_initial=has_initial, interpret=interpret)
+    )
     dq, dk, dv = grads[:3]
     dg = None if g is None else grads[3]
     drun = None if run is None else jnp.zeros_like(run)
