@@ -4,19 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from gla_jax.config import ConfigError, DtypeConfig, MeshConfig, ModelConfig
 from gla_jax.layers import MIXERS, GatedLinearAttention
-from gla_jax.models import LanguageModel, abstract_model, bind, init_params
+from gla_jax.models import abstract_model, bind
 from gla_jax.parallel.mesh import make_mesh
 from gla_jax.parallel.sharding import shard
 
-CONFIG = ModelConfig(
-    vocab_size=24, hidden_size=16, num_layers=3, num_heads=4, intermediate_size=32, initializer_range=0.3
-)
 FLOAT32 = DtypeConfig(compute="float32")
-WITH_CONVOLUTION = {"gla": {"use_short_conv": True, "num_kv_heads": 2}}
+PLAIN = {"gla": {"implementation": "reference"}}  # the op has its own tests
+WITH_CONVOLUTION = {"gla": {"implementation": "reference", "use_short_conv": True, "num_kv_heads": 2}}
+CONFIG = ModelConfig(vocab_size=24, hidden_size=16, num_layers=3, num_heads=4, intermediate_size=32, mixers=PLAIN)
 
 
 class Ungated(GatedLinearAttention):
@@ -33,9 +31,12 @@ def ungated(monkeypatch):
     monkeypatch.setitem(MIXERS, "ungated", Ungated)
 
 
-def make(config=CONFIG, dtype=FLOAT32, seed=0):
-    graphdef, _ = abstract_model(config, dtype)
-    return graphdef, init_params(config, dtype, jax.random.key(seed))
+def make(config=CONFIG, dtype=FLOAT32):
+    """Return a graphdef and random parameters, laid out on the mesh if there is one."""
+    graphdef, abstract = abstract_model(config, dtype)
+    random = np.random.default_rng(0)
+    draw = lambda leaf: jax.device_put(random.normal(0.1, 0.3, leaf.shape).astype(leaf.dtype), leaf.sharding)
+    return graphdef, jax.tree.map(draw, abstract)
 
 
 def tokens(batch_size=4, length=12, seed=0):
@@ -68,7 +69,7 @@ def assert_close(x, wanted, tolerance=1e-5):
 @pytest.mark.parametrize("mixer", ["gla", ("gla", "gla", "ungated", "gla")])
 def test_scanned_layers_equal_layers_one_by_one(mixer):
     config = dataclasses.replace(CONFIG, mixer=mixer, num_layers=3 if mixer == "gla" else 4)
-    model = LanguageModel(config, rngs=nnx.Rngs(0))
+    model = bind(*make(config))
     groups = ["layers"] if mixer == "gla" else ["layers_0_1", "layers_2_2", "layers_3_3"]
     input_ids = tokens()
     logits, state = jax.jit(lambda model, input_ids: model(input_ids))(model, input_ids)
@@ -84,14 +85,6 @@ def test_scanned_layers_equal_layers_one_by_one(mixer):
     assert_close(logits, model.norm(x) @ model.embed.embedding[...].T)
     shapes = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     assert shapes(model.init_state(4)) == shapes(state)
-
-
-def test_layers_begin_differently_and_as_their_config_says():
-    _, params = make(dataclasses.replace(CONFIG, hidden_size=64, initializer_range=0.05))
-    for name, leaf in (("embedding", params["embed"]["embedding"]), ("up", params["layers"]["mlp"]["up"]["kernel"])):
-        assert abs(np.std(leaf) - 0.05) < 0.002, name
-    query = params["layers"]["mixer"]["query"]["kernel"]
-    assert abs(np.corrcoef(query[0].ravel(), query[1].ravel())[0, 1]) < 0.1
 
 
 def test_prefill_and_steps_equal_the_whole():
@@ -131,22 +124,16 @@ def test_no_token_sees_a_later_one():
     np.testing.assert_array_equal(seen, np.tril(np.ones((12, 12), bool)))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_recomputation_changes_nothing(remat):
-    plain, params = make()
-    recomputed, _ = make(dataclasses.replace(CONFIG, remat=remat))
-    assert_close(value_and_grad(recomputed, params, tokens()), value_and_grad(plain, params, tokens()))
-
-
-def test_recomputation_saves_memory():
-    def temporary_bytes(remat):
-        config = dataclasses.replace(CONFIG, num_layers=16, remat=remat)
-        graphdef, params = abstract_model(config, FLOAT32)
-        compiled = value_and_grad.lower(graphdef, params, jax.ShapeDtypeStruct((4, 64), jnp.int32)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    none, dots, full = (temporary_bytes(remat) for remat in ("none", "dots", "full"))
-    assert full < 0.5 * dots < 0.5 * none
+def test_recomputation_saves_memory_and_changes_nothing():
+    memory, results = {}, {}
+    for remat in ("none", "dots", "full"):
+        graphdef, params = make(dataclasses.replace(CONFIG, num_layers=16, remat=remat))
+        compiled = value_and_grad.lower(graphdef, params, tokens(length=64)).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        results[remat] = compiled(params, tokens(length=64))
+    assert memory["full"] < 0.5 * memory["dots"] < 0.5 * memory["none"]
+    assert_close(results["full"], results["none"])
+    assert_close(results["dots"], results["none"])
 
 
 def test_bfloat16_stays_close_to_float32():
@@ -161,7 +148,7 @@ def test_bfloat16_stays_close_to_float32():
     (value, gradient), (wanted, wanted_gradient) = (value_and_grad(g, params, tokens()) for g in (low, graphdef))
     assert abs(value - wanted) < 2e-2 * abs(wanted)
     norm = lambda tree: np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree)))
-    assert norm(jax.tree.map(jnp.subtract, gradient, wanted_gradient)) < 5e-2 * norm(wanted_gradient)
+    assert norm(jax.tree.map(jnp.subtract, gradient, wanted_gradient)) < 0.1 * norm(wanted_gradient)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
 
 
@@ -191,38 +178,38 @@ def test_an_untied_head_is_another_matrix():
 
 
 MESHES = [
-    {"fsdp": 8},
-    {"tensor": 4},
-    {"data": 4},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"sequence": 2, "fsdp": 2, "tensor": 2},
+    ({"fsdp": 8}, "reference"),
+    ({"tensor": 4}, "reference"),
+    ({"data": 4}, "reference"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, None),
+    ({"sequence": 2, "fsdp": 2, "tensor": 2}, None),
 ]
+
+
+def for_meshes(implementation):
+    mixers = {"gla": {"implementation": implementation, "use_short_conv": True}}
+    return dataclasses.replace(CONFIG, mixers=mixers, tie_embeddings=False)
 
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    config = dataclasses.replace(CONFIG, mixers={"gla": {"use_short_conv": True}}, tie_embeddings=False)
-    graphdef, params = make(config)
     segment_ids = jnp.asarray([[1] * 5 + [2] * 7] * 8)
-    return config, params, segment_ids, value_and_grad(graphdef, params, tokens(8), segment_ids)
+    return segment_ids, value_and_grad(*make(for_meshes("reference")), tokens(8), segment_ids)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "-".join(sizes))
-def test_a_mesh_equals_one_device(sizes, on_one_device):
-    config, params, segment_ids, wanted = on_one_device
+@pytest.mark.parametrize(("sizes", "implementation"), MESHES, ids=lambda x: "-".join(x) if isinstance(x, dict) else x)
+def test_a_mesh_equals_one_device(sizes, implementation, on_one_device):
+    segment_ids, wanted = on_one_device
     sizes = {"fsdp": 1} | sizes
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
     with jax.set_mesh(mesh):
-        graphdef, sharded = make(config)
+        graphdef, params = make(for_meshes(implementation))
         input_ids = shard(tokens(8), "batch", "time")
-        value, gradient = value_and_grad(graphdef, sharded, input_ids, shard(segment_ids, "batch", "time"))
-    assert_close(sharded, params, 1e-7)
-    assert_close((value, gradient), wanted, 2e-6)
-    query = lambda tree: tree["layers"]["mixer"]["query"]["kernel"].sharding
-    assert query(gradient) == query(sharded)
-    parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-    for leaf in (sharded["layers"]["mixer"]["query"]["kernel"], gradient["layers"]["mixer"]["query"]["kernel"]):
-        assert leaf.addressable_shards[0].data.size * parts == leaf.size
+        value, gradient = value_and_grad(graphdef, params, input_ids, shard(segment_ids, "batch", "time"))
+    assert_close((value, gradient), wanted)
+    jax.tree.map(lambda leaf, param: leaf.sharding == param.sharding or pytest.fail(str(leaf)), gradient, params)
+    query = gradient["layers"]["mixer"]["query"]["kernel"]
+    assert query.addressable_shards[0].data.size * sizes["fsdp"] * sizes.get("tensor", 1) == query.size
 
 
 def test_a_mesh_decodes_as_one_device():
