@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
+    LOWEST_GATE,
     Sizes,
     causal,
     compiler_params,
@@ -125,20 +126,28 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
         return dot01(from_here, reading - writing, 2 if dtype == jnp.bfloat16 else 3) + total
 
     def store_gate_gradient(rows: Any, terms: list[tuple[jax.Array, jax.Array, jax.Array]], extra: Any = None) -> None:
-        """Write the gates' gradient from (reading, writing, through) of each unit, plus an extra tile of each unit."""
+        """Write the gates' gradient from (reading, writing, through) of each unit.
+
+        An extra tile of each unit is added: what the dyadic levels of an exact chunk contribute. Only those chunks hold
+        gates that let nothing through, and those have no gradient; without the mask it would be rounding noise.
+        """
+
+        def store(lanes: Any, dg: jax.Array, more: Any) -> None:
+            if more is not None:
+                dg = jnp.where(load(g_ref, rows, lanes) > LOWEST_GATE, dg + more, 0.0)
+            dg_ref[rows, lanes] = dg.astype(dg_ref.dtype)
+
         if sizes.gate == "channel":
             for unit, term in enumerate(terms):
-                dg = gate_gradient(*term)
-                dg_ref[rows, sizes.keys(unit)] = (dg if extra is None else dg + extra[unit]).astype(dg_ref.dtype)
+                store(sizes.keys(unit), gate_gradient(*term), None if extra is None else extra[unit])
             return
 
-        def heads(tiles: list[jax.Array]) -> jax.Array:
+        def heads(tiles: Any) -> jax.Array:
             sums = [jnp.sum(key_part(x, i), axis=1, keepdims=True) for x in tiles for i in range(sizes.parts)]
             return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=1)
 
-        reading, writing, through = (heads(list(tiles)) for tiles in zip(*terms, strict=True))
-        dg = gate_gradient(reading, writing, through)
-        dg_ref[rows, :] = (dg if extra is None else dg + heads(extra)).astype(dg_ref.dtype)
+        reading, writing, through = (heads(tiles) for tiles in zip(*terms, strict=True))
+        store(slice(None), gate_gradient(reading, writing, through), None if extra is None else heads(extra))
 
     def state_product(state: jax.Array, dstate: jax.Array, keeps: Any) -> jax.Array:
         """Return sum_v dU S as a row."""

@@ -1,5 +1,7 @@
 """The TPU kernels in the interpreter against a float64 recurrence, and exported for TPU; no TPU or libtpu needed."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +83,10 @@ def compiled(function):
     """Return a jitted function to out, the final state and the gradient of every floating argument, by name."""
     names = ("query", "key", "value", "log_decay", "initial_state")
 
-    @jax.jit
+    # The time goes into compiling what the interpreter makes of a kernel, not into running it.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    @functools.partial(jax.jit, compiler_options=quick)
     def run(arguments, gradients):
         floats = {name: x for name, x in zip(names, arguments[:5], strict=True) if x is not None}
         call = lambda floats: function(*(floats.get(name) for name in names), arguments[5])
