@@ -21,5 +21,7 @@ def get_config() -> ConfigDict:
     config.eval.every = 8
     config.eval.batches = 2
     config.checkpoint.every = 6
+    config.sample.prompt = "1 2"
+    config.sample.tokens = 4
     config.dtype.compute = "float32"
     return config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from gla_jax.config import Config, ConfigError
 from gla_jax.data import Data, open_dataset
@@ -65,7 +66,8 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
         NonFiniteError: the run diverged; its newest checkpoint is from before that.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(make_mesh(config.mesh, devices)))
+        mesh = make_mesh(config.mesh, devices)
+        stack.enter_context(jax.set_mesh(mesh))
         display = stack.enter_context(open_display(config.steps))
         config, data = open_data(config)
         graphdef, abstract_params = abstract_model(config.model, config.dtype)
@@ -75,20 +77,23 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
         folder = stack.enter_context(Workdir(workdir))
         folder.check_config(config)
         folder.require_space(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)))
-        display.say(_introduction(config, data, abstract_params))
-        state = _restore_run(config, folder, abstract, data, display)
-        folder.write_config(config)
+        display.say(_introduction(config, data, mesh, abstract_params))
+        state, params = _restore_run(config, folder, abstract, data, display), None
         if state is None and config.init_from is not None:
             params, step = restore_params(Path(config.init_from) / "checkpoints", abstract_params, display.say)
             display.say(f"Starting with the parameters of {config.init_from} at step {step}.")
+        folder.write_config(config)  # whatever may be wrong has been found by now
+        if state is None:
             state = init_state(config, optimizer, params)
-        elif state is None:
-            state = init_state(config, optimizer)
         start = int(state.step)
 
         train_step, eval_step = make_train_step(config, graphdef, optimizer), make_eval_step(graphdef)
-        flops = 3 * bind(graphdef, abstract_params).flops_per_token(config.data.sequence_length)
-        throughput = Throughput(config.data.batch_size * config.data.sequence_length, flops)
+        throughput = Throughput(
+            tokens_per_step=config.data.batch_size * config.data.sequence_length,
+            flops_per_token=3 * bind(graphdef, abstract_params).flops_per_token(config.data.sequence_length),
+            device_kind=mesh.devices.flat[0].device_kind,
+            device_count=mesh.size,
+        )
         checkpoints = stack.enter_context(CheckpointWriter(folder.checkpoints, config.checkpoint, start=start))
         metrics = stack.enter_context(MetricsWriter(folder, config, start=start))
         profile = stack.enter_context(ProfileWindow(config.profile, folder.profile))
@@ -236,9 +241,8 @@ def _restore_run(
     return state
 
 
-def _introduction(config: Config, data: Data, abstract_params: Params) -> str:
+def _introduction(config: Config, data: Data, mesh: Mesh, abstract_params: Params) -> str:
     """Return what is worth knowing before the first step: devices, data, and a table of the parameters."""
-    devices, mesh = jax.sharding.get_mesh().devices, jax.sharding.get_mesh().shape
     rows = parameter_table(abstract_params)
     total = sum(row.count for row in rows)
     table = [("parameter", "shape", "dtype", "sharding", "decay", "count")]
@@ -249,8 +253,8 @@ def _introduction(config: Config, data: Data, abstract_params: Params) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         [
-            f"{devices.size} x {devices.flat[0].device_kind}, mesh {dict(mesh)}, {config.dtype.compute} on "
-            f"{config.dtype.params} parameters",
+            f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}, "
+            f"{config.dtype.compute} on {config.dtype.params} parameters",
             data.description,
             *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table),
             f"{total:,} parameters",

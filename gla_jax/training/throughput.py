@@ -4,8 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-import jax
-
 PEAK_FLOPS = {
     # Dense bfloat16 products per second of one `jax.Device`, from the vendors' data sheets, by the start of its kind.
     "TPU v4": 275e12,
@@ -36,13 +34,15 @@ class Throughput:
     Args:
         tokens_per_step: of all hosts together.
         flops_per_token: of a training step, forward and backward.
+        device_kind: of every device.
+        device_count: of all hosts together.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float):
+    def __init__(self, tokens_per_step: int, flops_per_token: float, device_kind: str, device_count: int):
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = None if peak is None else peak * jax.device_count()
+        peak = peak_flops(device_kind)
+        self._peak = None if peak is None else peak * device_count
         self.restart(None)
 
     def restart(self, step: int | None) -> None:

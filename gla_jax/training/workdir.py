@@ -23,10 +23,10 @@ class Workdir:
     """A run's folder and what lies where in it, locked against a second trainer while it is open.
 
     Args:
-        path: made if need be.
+        path: made if need be, when entered.
 
     Raises:
-        ConfigError: it cannot be written, another trainer has it, or it belongs to something else.
+        ConfigError: when entered, if it cannot be written or another trainer has it.
     """
 
     def __init__(self, path: str):
@@ -41,19 +41,19 @@ class Workdir:
         self._primary = jax.process_index() == 0  # the only process that writes here, but for checkpoints
         if "://" in path:
             raise ConfigError(f"--workdir={path} is an address; mount the bucket and give the mounted folder.")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self._primary:
-                self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (open for as long as the run)
-        except OSError as error:
-            raise ConfigError(f"--workdir={path} cannot be written: {error.strerror}.") from None
-        try:
-            if self._primary:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"--workdir={path} is in use by another trainer.") from None
 
     def __enter__(self) -> Self:
+        if self._primary:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (open for as long as the run)
+            except OSError as error:
+                raise ConfigError(f"--workdir={self.path} cannot be written: {error.strerror}.") from None
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._lock.close()
+                raise ConfigError(f"--workdir={self.path} is in use by another trainer.") from None
         return self
 
     def __exit__(self, *_: Any) -> None:
