@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ CASES = {
 
 class TestContract(MixerCases):
     mixer = "gla"
+    variants: ClassVar = {"default": {"chunk_size": 4}}
 
 
 def make(options, **kwargs):

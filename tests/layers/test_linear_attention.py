@@ -15,7 +15,7 @@ from gla_jax.layers import LinearAttention
 
 class TestContract(MixerCases):
     mixer = "linear_attention"
-    variants: ClassVar = {"scalar": {"gate": "scalar"}, "none": {"num_kv_heads": 2}}
+    variants: ClassVar = {"scalar": {"gate": "scalar", "chunk_size": 4}, "none": {"num_kv_heads": 2, "chunk_size": 4}}
 
 
 def truth(params, x, *, kv_heads=H, normalizer=16.0, eps=1e-6):

@@ -15,7 +15,8 @@ from gla_jax.layers import Mamba
 
 class TestContract(MixerCases):
     mixer = "mamba"
-    variants: ClassVar = {"default": {}}
+    variants: ClassVar = {"default": {"chunk_size": 4}}
+    intermediate_size = 0  # a model of Mamba blocks has no MLPs
 
 
 def truth(params, x):
@@ -71,8 +72,8 @@ def test_flops_count_what_is_multiplied():
     assert make("mamba").flops_per_token(9) == 2 * matrices + 2 * 4 * channels + 6 * channels * size
 
 
-def test_padding_and_segments_do_not_change_the_dtype_of_small_steps():
-    """In bfloat16 the bias of the step sizes, around -7 and -2, is added in float32."""
+def test_small_steps_are_not_blurred_in_bfloat16():
+    """The bias of the step sizes, between -7 and -2, is added in float32."""
     layer = make("mamba", dtype=jnp.bfloat16)
     layer.step_size_bias[...] = jnp.full(32, -6.9)
     layer.step_size.kernel[...] = jnp.zeros((1, 32))

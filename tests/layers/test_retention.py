@@ -16,7 +16,10 @@ from gla_jax.layers import Retention
 class TestContract(MixerCases):
     mixer = "retention"
     bfloat16_tolerance = 8e-2  # a convolution and a norm of small heads on top of each other
-    variants: ClassVar = {"default": {}, "short convolution": {"use_short_conv": True, "num_kv_heads": 2}}
+    variants: ClassVar = {
+        "default": {"chunk_size": 4},
+        "short convolution": {"use_short_conv": True, "num_kv_heads": 2, "chunk_size": 4},
+    }
 
 
 def truth(params, x, *, base=10_000.0, eps=1e-6):
