@@ -90,10 +90,8 @@ def gated_linear_attention(
         if reasons[name] is None:
             break
     else:
-        raise NotImplementedError(
-            "gated_linear_attention is not served by "
-            + "; nor by ".join(f"{name!r}: {reasons[name]}" for name in names)
-        )
+        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
+        raise NotImplementedError(f"gated_linear_attention is not served by {tried}.")
     if implementation is None:
         for passed_over in names[: len(reasons) - 1]:
             _say_once(f"gated_linear_attention runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
@@ -165,6 +163,7 @@ def gated_linear_attention_step(
                 f"{name} has shape {jnp.shape(x)}; it must be of rank 3, [batch, heads, dim], without a time axis."
             )
     if log_decay is not None:
+        _check_sign(log_decay)
         log_decay = jnp.asarray(log_decay)
         if log_decay.ndim > 3:
             raise ValueError(
@@ -258,10 +257,7 @@ def _checked(query, key, value, log_decay, initial_state, segment_ids, chunk_siz
 
 def _checked_log_decay(log_decay, shape, heads):
     """Return log_decay in rank 4; `shape` is what it must broadcast to, or the same with the heads of the query."""
-    if not isinstance(log_decay, jax.core.Tracer) and np.any(np.asarray(log_decay) > 0):
-        raise ValueError(
-            f"log_decay reaches {np.max(np.asarray(log_decay))}; it must be at most 0, for exp(log_decay) to be a gate."
-        )
+    _check_sign(log_decay)
     log_decay = jnp.asarray(log_decay)
     _check_float("log_decay", log_decay)
     if log_decay.ndim <= 4:
@@ -280,9 +276,18 @@ def _checked_log_decay(log_decay, shape, heads):
     return log_decay
 
 
+def _check_sign(log_decay):
+    """Refuse a positive log_decay, if its values are known now; under `jax.jit` that is a constant one."""
+    if not isinstance(log_decay, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            largest = float(jnp.max(jnp.asarray(log_decay)))
+        if largest > 0:
+            raise ValueError(f"log_decay reaches {largest:g}; it must be at most 0, for exp(log_decay) to be a gate.")
+
+
 def _check_float(name, x):
     if x.dtype not in _FLOATS:
-        raise ValueError(f"{name} is {x.dtype}; it must be {', '.join(jnp.dtype(dtype).name for dtype in _FLOATS)}.")
+        raise ValueError(f"{name} is {x.dtype}; it must be float32, bfloat16 or float16.")
 
 
 def _checked_scale(scale, key_dim):

@@ -197,7 +197,8 @@ def _merge(q, k, a, dot):
         across = dot("...ik,...jk->...ij", q1, k0)
         n, size = across.shape[-3:-1]
         tiled = jnp.broadcast_to(across[..., :, None, :, None, None, :], (*across.shape[:-3], n, 2, size, n, 2, size))
-        scores = jnp.where(_across(chunk, size), tiled.reshape(scores.shape), scores)
+        tiled = tiled.reshape(*scores.shape[:-1], n, 2, size).reshape(scores.shape)
+        scores = jnp.where(_across(chunk, size), tiled, scores)
         q = jnp.concatenate([q0, q1 * a0], axis=-2)
         k = jnp.concatenate([k0 * a1, k1], axis=-2)
         a = a0 * a1
@@ -213,7 +214,8 @@ def _merge_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot):
         (_, q1), (k0, _), (a0, a1) = map(_pairs, (block_q, block_k, block_a))
         n, size = q1.shape[-3:-1]
         masked = jnp.where(_across(chunk, size), d_scores, 0.0)
-        d_across = masked.reshape(*masked.shape[:-2], n, 2, size, n, 2, size).sum(axis=(-5, -3, -2))
+        masked = masked.reshape(*masked.shape[:-1], n, 2, size)
+        d_across = masked.reshape(*masked.shape[:-4], n, 2, size, *masked.shape[-3:]).sum(axis=(-5, -3, -2))
         d_q0, d_q1, d_k0, d_k1 = d_q[..., :size, :], d_q[..., size:, :], d_k[..., :size, :], d_k[..., size:, :]
         d_q1, d_k0 = d_q1 * a0, d_k0 * a1
         d_g = d_g[..., :, None, :] + jnp.stack([d_q1 * q1, d_k0 * k0], axis=-3).sum(axis=-2)
@@ -257,7 +259,10 @@ def _load(q, k, v, g, starts, scale):
 
 def _per_head(x, heads):
     """Repeat the key heads of [B, T, H_kv, dim] for their query heads."""
-    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+    batch, time, kv_heads, dim = x.shape
+    return jnp.broadcast_to(x[:, :, :, None], (batch, time, kv_heads, heads // kv_heads, dim)).reshape(
+        batch, time, heads, dim
+    )
 
 
 def _sum_to(x, shape):

@@ -27,18 +27,12 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
 
 def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
     """Compute the op by `lax.scan` over tokens; see `api.py`. `chunk_size` and `interpret` do not matter here."""
-    batch, time, heads, key_dim = query.shape
-    per_head = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
-    decay_shape = (batch, time, heads, key_dim)
-    q, k, v = (per_head(x).astype(jnp.float32) for x in (query, key, value))
-    g = (
-        jnp.zeros_like(k)
-        if log_decay is None
-        else jnp.broadcast_to(per_head(log_decay), decay_shape).astype(jnp.float32)
-    )
+    per_head = lambda x: jnp.repeat(x, query.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
+    q, k, v = per_head(query), per_head(key), per_head(value)
+    g = jnp.broadcast_to(0.0 if log_decay is None else per_head(log_decay), k.shape)
     if segment_ids is not None:
-        starts = jnp.zeros_like(segment_ids, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
-        g = jnp.where(starts[:, :, None, None], -jnp.inf, g)
+        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+        g = jnp.where(jnp.pad(starts, ((0, 0), (1, 0)))[:, :, None, None], -jnp.inf, g)
     state = initial_state
     if state is None:
         state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :])
