@@ -1,8 +1,9 @@
 """Gated Linear Attention on Hopper in Pallas Mosaic GPU: bfloat16 queries, keys and values, any gate, any length.
 
-This file makes the kernels one differentiable op: it pads head sizes to whole slabs of 64 channels, brings the gate to a
-shape that the kernels read without repeating it in memory, picks the kernels, and sums the gradients of what is shared.
-Rows need no padding: the copy engine reads zeros beyond their end, and a zero key with a zero log decay changes nothing.
+This file makes the kernels one differentiable op: it pads head sizes to whole slabs of 64 channels, brings the gate to
+a shape that the kernels read without repeating it in memory, picks the kernels, and sums the gradients of what is
+shared. Rows need no padding to whole chunks: the copy engine reads zeros beyond their end, and a zero key with a zero
+log decay changes nothing.
 """
 
 import jax
@@ -43,10 +44,9 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
 
 def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
     """Compute the op on a Hopper GPU; see `api.py`."""
-    batch, time, heads, key_dim = query.shape
-    value_dim = value.shape[-1]
+    (batch, time, _, key_dim), value_dim = query.shape, value.shape[-1]
     keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
-    # the copy engine wants whole groups of 8 tokens and a chunk at least; the interpreter's does not read beyond the end
+    # The copy engine wants whole groups of 8 tokens and a chunk at least; the interpreter's stays inside the array.
     tail = -time % (CHUNK if interpret or time < CHUNK else 8)
     decay = _decay(log_decay, segment_ids, (batch, time, keys), tail)
     pad = lambda x, width: jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, width - x.shape[-1])))
@@ -58,7 +58,7 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
 
 
 def _decay(log_decay, segment_ids, shape, tail):
-    """Return log decays [B or 1, T or C, heads, K or SLAB] as `decay_source` reads them, with resets at new segments."""
+    """Return log decays [B or 1, T or C, heads, K or SLAB] as `decay_source` reads them, segments reset."""
     time, keys = shape[1:]
     constant = log_decay is None
     if log_decay is None:
@@ -114,7 +114,9 @@ def _attention_backward(scale, gated, interpret, residuals, gradients):
     terms = _terms(decay)
     common = {"scale": scale, "interpret": interpret}
     if _sweeps(query, value, decay):
-        dq, dk, dv, dg, d_initial = backward_sweep(query, key, value, terms, d_out, *saved, d_final, **common)
+        states, exact, scores = saved
+        arrays = (query, key, value, terms, d_out, states, exact, scores, d_final)
+        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, **common)
     else:
         states, exact, scores = saved
         common_state = {**common, "value_tile": _tile(query, value)}
@@ -132,14 +134,16 @@ def _sum_to(gradient, like):
     batch, tokens, all_heads, width = gradient.shape
     beyond = -tokens % time
     gradient = jnp.pad(gradient, ((0, 0), (0, beyond), (0, 0), (0, 0))).astype(jnp.float32)
-    split = (batch // rows, rows, (tokens + beyond) // time, time, heads, all_heads // heads, width // channels, channels)
-    return gradient.reshape(split).sum(axis=(0, 2, 5, 6)).astype(like.dtype)
+    outer = (batch // rows, rows, (tokens + beyond) // time, time)
+    inner = (heads, all_heads // heads, width // channels, channels)
+    return gradient.reshape(*outer, *inner).sum(axis=(0, 2, 5, 6)).astype(like.dtype)
 
 
 def _differentiable(interpret):
     """Give the forward pass its gradient; under `jax.checkpoint` its first run then saves nothing for it."""
     attention = jax.custom_vjp(_attention, nondiff_argnums=(5, 6, 7))
-    attention.defvjp(_attention_forward, _attention_backward, optimize_remat=not interpret)  # the interpreter has effects
+    lean = not interpret  # whose effects stand in the way
+    attention.defvjp(_attention_forward, _attention_backward, optimize_remat=lean)
     return attention
 
 

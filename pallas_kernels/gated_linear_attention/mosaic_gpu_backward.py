@@ -6,13 +6,15 @@ With dR' the gradient of the next chunk's R (of the final state at the end) and 
     X  = do R^T + M k',   Y_U = v dU^T,   Y_M = M^T q',   dq = scale e^D X,   dk = e^-D (Y_U + Y_M)
     dg_j = sum_{i >= j} P_i + sum_{i < j} Q_i + r,   P = q' X - k' Y_M,   Q = k' Y_U,   r = sum over V of dU R.
 
-The parts of M telescope in P, which therefore multiplies the rounded operands and goes through its triangular product as
-two bfloat16 terms. In an exact chunk dU is not decayed by the chunk, dR = e^{G_last} dU + q'^T do, r has a factor e^{G_last}, and
-the parts of M are summed by levels.
+The parts of M telescope in P, which therefore multiplies the rounded operands and goes through its triangular product
+as two bfloat16 terms. In an exact chunk dU is not decayed by the chunk, dR = e^{G_last} dU + q'^T do, r has a factor
+e^{G_last}, and the parts of M are summed by levels.
 
-`backward_sweep` does all of it in one pass from the last chunk to the first, for K = V = 64. Other sizes take two kernels:
-`backward_state`, the serial part, writes dU and dv; `backward_inputs` does all chunks at once.
+`backward_sweep` does all of it in one pass from the last chunk to the first, for K = V = 64. Other sizes take two
+kernels: `backward_state`, the serial part, writes dU and dv; `backward_inputs` does all chunks at once.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -35,6 +37,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     add_matmul,
     along_rows,
     barrier,
+    choose,
     clamp_log_decay,
     constants,
     decay_source,
@@ -44,6 +47,8 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     matmul,
     result,
     tile,
+    unless,
+    when,
 )
 
 _PRODUCER, _CONSUMER = 24, 240  # registers a thread; 3 x 168 in all
@@ -97,8 +102,8 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
     shape = (SLAB, SLAB)
 
     def body(
-        q_ref, k_ref, v_ref, g_ref, d_out_ref, states_ref, exact_ref, scores_ref, d_final_ref, select_ref, triangles_ref,
-        tables_ref, dq_ref, dk_ref, dv_ref, dg_ref, d_initial_ref,
+        q_ref, k_ref, v_ref, g_ref, d_out_ref, states_ref, exact_ref, any_ref, scores_ref, d_final_ref, select_ref,
+        triangles_ref, tables_ref, dq_ref, dk_ref, dv_ref, dg_ref, d_initial_ref,
         q_s, k_s, v_s, g_s, d_out_s, r_s, gated_q_s, gated_k_s, a_s, m_s, du_s, p_s, dq_s, dk_s, dv_s,
         select_s, triangles_s, dot_s, exact_s,
         full, free, gated_ready, a_ready, gated_free, du_ready, du_free, dot_ready, dot_free, scores_ready, clamped,
@@ -128,12 +133,16 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
             for i in range(chunks - min(stages, chunks), chunks):
                 plgpu.barrier_wait(free.at[i % stages])
 
-        def clamp(exact, slot):
-            @pl.when(exact)
-            def _():
-                pl.when(warpgroup == 0)(lambda: clamp_log_decay([g_s.at[slot]]))
-                plgpu.barrier_arrive(clamped)
-                plgpu.barrier_wait(clamped)
+        def clamp(slot):
+            pl.when(warpgroup == 0)(lambda: clamp_log_decay([g_s.at[slot]]))
+            plgpu.barrier_arrive(clamped)
+            plgpu.barrier_wait(clamped)
+
+        def walk(chunk, carry):
+            """Walk the chunks: by the lean code if none of the row is exact."""
+            careful_from = jnp.where(any_ref[row, head] > 0, 0, chunks)
+            carry = lax.fori_loop(0, careful_from, functools.partial(chunk, careful=False), carry)
+            return lax.fori_loop(careful_from, chunks, functools.partial(chunk, careful=True), carry)
 
         @pl.when(warpgroup == 0)
         def _inputs():
@@ -143,12 +152,12 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
             # the mask is read from shared memory: index arithmetic would be hoisted out of the loop, into registers
             lower = lambda x: jnp.where(load(triangles_s.at[UP_TO_HERE]) > 0, x, 0.0).astype(BF16)
 
-            def chunk(i, _):
+            def chunk(i, carry, careful):
                 n, slot = chunks - 1 - i, lax.rem(i, stages)
                 plgpu.barrier_wait(full.at[slot])
                 q, k, v, g, d_out, r = (x.at[slot] for x in (q_s, k_s, v_s, g_s, d_out_s, r_s))
-                exact = exact_s[slot] > 0
-                clamp(exact, slot)
+                exact = exact_s[slot] > 0 if careful else None
+                when(exact, lambda: clamp(slot))
                 shifted = lambda: matmul((triangles_s.at[SHIFTED], g))
                 d = shifted()
                 gated_q = (load(q) * (jnp.exp(d) * scale)).astype(BF16)
@@ -157,9 +166,8 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 gated_q_s[...] = gated_q
                 gated_k_s[...] = gated_k
 
-                @pl.when(exact)
-                def _():
-                    at = exact_s[slot] - 1  # 0, which only this branch can know: its addresses stay out of the loop's registers
+                def gate_exactly():
+                    at = exact_s[slot] - 1  # 0; see `exact_scores`
                     plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], a_s, scores_ready)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     _put_table(p_s.at[at], triangles_ref, AFTER + at)
@@ -169,10 +177,11 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                     gated_q_s[...] = (load(q) * (jnp.exp(to_here) * scale)).astype(BF16)
                     plgpu.barrier_wait(scores_ready)
 
+                when(exact, gate_exactly)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(gated_ready)
                 a = matmul((gated_q_s, gated_k_s.T))
-                pl.when(jnp.logical_not(exact))(lambda: a_s.__setitem__(..., lower(a)))
+                unless(exact, lambda: a_s.__setitem__(..., lower(a)))
                 m_s[...] = lower(matmul((d_out, v.T)))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(a_ready)
@@ -187,16 +196,12 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 y_u = matmul((v, du_s.T))
                 d = shifted()
 
-                @pl.when(jnp.logical_not(exact))
-                def _():
-                    plgpu.barrier_arrive(du_free)
-                    plgpu.barrier_arrive(free.at[slot])
-
+                unless(exact, lambda: plgpu.barrier_arrive(du_free))
+                unless(exact, lambda: plgpu.barrier_arrive(free.at[slot]))
                 p_s.at[2][...] = (load(gated_k_s) * y_u).astype(BF16)
                 dk_s[...] = ((y_u + y_m) * jnp.exp(-d)).astype(BF16)
 
-                @pl.when(exact)
-                def _():
+                def differentiate_exactly():
                     at = exact_s[slot] - 1
                     high, low, third = (p_s.at[i + at] for i in range(3))
                     intra = lambda **side: exact_gradient(tables_ref, at, m_s, q, k, [g], scale, (high, low), **side)
@@ -212,6 +217,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                     plgpu.barrier_arrive(du_free)
                     plgpu.barrier_arrive(free.at[slot])
 
+                when(exact, differentiate_exactly)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[row, tokens(n), head])
                 plgpu.copy_smem_to_gmem(dk_s, dk_ref.at[row, tokens(n), head])
@@ -223,8 +229,9 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 p_s.at[0][...] = (dg + lax.broadcast_in_dim(dot, shape, [1])).astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(p_s.at[0], dg_ref.at[row, tokens(n), head])
+                return carry
 
-            lax.fori_loop(0, chunks, chunk, None)
+            walk(chunk, ())
             plgpu.barrier_wait(gated_free)
             plgpu.wait_smem_to_gmem(0)
 
@@ -234,14 +241,14 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
             plgpu.copy_gmem_to_smem(select_ref, select_s, select_ready)
             plgpu.barrier_wait(select_ready)
 
-            def chunk(i, carry):
+            def chunk(i, carry, careful):
                 dr, next_middle = carry
                 n, slot = chunks - 1 - i, lax.rem(i, stages)
                 plgpu.barrier_wait(full.at[slot])
-                exact = exact_s[slot] > 0
-                clamp(exact, slot)
+                exact = exact_s[slot] > 0 if careful else None
+                when(exact, lambda: clamp(slot))
                 middle, rest = _halves([g_s.at[slot]], select_s)
-                decay = lax.cond(exact, lambda m, _: m, lambda m, rest: m + rest, next_middle, rest)
+                decay = choose(exact, lambda m, _: m, lambda m, rest: m + rest, next_middle, rest)
                 du = dr * along_rows(jnp.exp(decay), shape)
                 pl.when(i >= 1)(lambda: plgpu.barrier_wait(du_free))
                 du_s[...] = du.astype(BF16)
@@ -250,10 +257,10 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 pl.when(i >= 1)(lambda: plgpu.barrier_wait(dot_free))
                 dot = jnp.sum(load(r_s.at[slot]) * du, axis=1)
                 by_chunk = jnp.exp(middle + rest)
-                dot_s[...] = lax.cond(exact, lambda x, y: x * y, lambda x, _: x, dot, by_chunk)
+                dot_s[...] = choose(exact, lambda x, y: x * y, lambda x, _: x, dot, by_chunk)
                 plgpu.barrier_arrive(dot_ready)
-                du = lax.cond(exact, lambda x, y: x * along_rows(y, shape), lambda x, _: x, du, by_chunk)
-                middle = lax.cond(exact, lambda _: _zero_row(), lambda x: x, middle)
+                du = choose(exact, lambda x, y: x * along_rows(y, shape), lambda x, _: x, du, by_chunk)
+                middle = choose(exact, lambda _: _zero_row(), lambda x: x, middle)
                 plgpu.barrier_wait(gated_ready)
                 dr = du + matmul((gated_q_s.T, d_out_s.at[slot]))
                 plgpu.barrier_wait(a_ready)
@@ -267,7 +274,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 return dr, middle
 
             start = plgpu.load(d_final_ref.at[row, head], layout=WGMMA, optimized=False), _zero_row()
-            dr, middle = lax.fori_loop(0, chunks, chunk, start)
+            dr, middle = walk(chunk, start)
             d_initial_ref.at[row, head][...] = dr * along_rows(jnp.exp(middle), shape)
             plgpu.barrier_wait(du_free)
             plgpu.barrier_wait(dot_free)
@@ -278,9 +285,11 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         plgpu.barrier_wait(done)
 
     token_grads = [result((batch, time, heads, SLAB), BF16, q)] * 4
-    scratch = [tile(stages, CHUNK, SLAB)] * 6 + [tile(CHUNK, SLAB)] * 5 + [tile(3, CHUNK, SLAB)] + [tile(CHUNK, SLAB)] * 3
+    one = [tile(CHUNK, SLAB)]
+    scratch = [tile(stages, CHUNK, SLAB)] * 6 + one * 5 + [tile(3, CHUNK, SLAB)] + one * 3
     scratch += [tile(8, CHUNK), tile(4, CHUNK, CHUNK), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((stages,), jnp.int32)]
-    scratch += [barrier(7, stages), barrier(2, stages)] + [barrier(1)] * 8 + [barrier(2), barrier(1), barrier(1), barrier(3)]
+    scratch += [barrier(7, stages), barrier(2, stages)] + [barrier(1)] * 8
+    scratch += [barrier(2), barrier(1), barrier(1), barrier(3)]
     run = kernel(
         body,
         name="gla_backward_sweep",
@@ -290,7 +299,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         grid_names=("h", "b"),
         scratch_types=scratch,
     )
-    return run(q, k, v, g, d_out, states, exact, scores, d_final, *constants())
+    return run(q, k, v, g, d_out, states, exact, jnp.max(exact, axis=2), scores, d_final, *constants())
 
 
 def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile, interpret=False):
@@ -306,7 +315,8 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
         interpret: run in the interpreter.
 
     Returns:
-        du [B, H, N, K, V] bfloat16; dv, a head of the query each, [B, T, H, V] bfloat16; d_initial [B, H, K, V] float32.
+        du [B, H, N, K, V] bfloat16; dv, a head of the query each, [B, T, H, V] bfloat16;
+        d_initial [B, H, K, V] float32.
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = d_out.shape[-1], heads // k.shape[2], len(g)
@@ -392,7 +402,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                     gated_k_s.at[s][...] = gated_k
 
                     @pl.when(exact)
-                    def _():
+                    def _again():
                         gated_q_s.at[s][...] = (load(q_s.at[slot]) * (jnp.exp(exponents(1)) * scale)).astype(BF16)
                         gated_k_s.at[s][...] = (load(k_s.at[slot]) * jnp.exp(exponents(2))).astype(BF16)
 
@@ -453,8 +463,8 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 plgpu.barrier_arrive(chunk_free.at[even])
                 return tuple(state), tuple(next_middle)
 
-            start = lambda s: plgpu.load(d_final_ref.at[row, head, rows(s), columns], layout=WGMMA, optimized=False)
-            start = tuple(start(s) for s in range(slabs)), (_zero_row(),) * slabs
+            final = lambda s: plgpu.load(d_final_ref.at[row, head, rows(s), columns], layout=WGMMA, optimized=False)
+            start = tuple(final(s) for s in range(slabs)), (_zero_row(),) * slabs
             state, middle = lax.fori_loop(0, chunks, chunk, start)
             for s in range(slabs):
                 d_initial_ref.at[row, head, rows(s), columns][...] = state[s] * along_rows(jnp.exp(middle[s]), shape)
@@ -507,7 +517,9 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
     slabs = 2 if key_dim % 128 == 0 and terms == 1 else 1  # of a thread block: what shared memory holds
     keys = slabs * SLAB
 
-    def body(q_ref, k_ref, v_ref, d_out_ref, states_ref, du_ref, exact_ref, select_ref, triangles_ref, tables_ref, *refs):
+    def body(
+        q_ref, k_ref, v_ref, d_out_ref, states_ref, du_ref, exact_ref, select_ref, triangles_ref, tables_ref, *refs
+    ):  # fmt: skip
         g_refs, refs = refs[:terms], refs[terms:]
         (
             dq_ref, dk_ref, dg_ref,
@@ -553,19 +565,23 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
                 d = exponents(triangles_s.at[SHIFTED], s)
                 tile_s = inputs.at[s]
                 bounded = (load(tile_s) * (jnp.exp(bounded_sign * d) * factor)).astype(BF16)
-                tile_s[...] = lax.cond(
+                tile_s[...] = choose(
                     exact,
                     lambda s=s, tile_s=tile_s: (load(tile_s) * (jnp.exp(exponents(w, s)) * factor)).astype(BF16),
                     lambda bounded=bounded: bounded,
                 )
             plgpu.commit_smem()
 
-        def clamp(exact):
-            @pl.when(exact)
-            def _():
-                pl.when(warpgroup == 0)(lambda: clamp_log_decay([x for s in range(slabs) for x in g_tiles(s)]))
-                plgpu.barrier_arrive(clamped)
-                plgpu.barrier_wait(clamped)
+        def clamp():
+            pl.when(warpgroup == 0)(lambda: clamp_log_decay([x for s in range(slabs) for x in g_tiles(s)]))
+            sync(clamped)
+
+        def both_ways(role):
+            """Act by the lean code if the chunk is bounded."""
+            _registers(_CONSUMER, interpret)
+            plgpu.barrier_wait(inputs_full)
+            exact = exact_s[0] > 0
+            lax.cond(exact, lambda: role(exact), lambda: role(None))
 
         def raw_again(q_tile, k_tile, s):
             """Load q and k once more: the gated tiles took their place."""
@@ -590,12 +606,8 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(d_out_s.at[s], dg_ref.at[row, tokens, head, channels(s)])
 
-        @pl.when(warpgroup == 0)
-        def _query():
-            _registers(_CONSUMER, interpret)
-            plgpu.barrier_wait(inputs_full)
-            exact = exact_s[0] > 0
-            clamp(exact)
+        def query(exact):
+            when(exact, clamp)
             gated(q_s, scale, 1.0, triangles_s.at[UP_TO_HERE], exact)
             plgpu.barrier_arrive(q_ready)
 
@@ -629,31 +641,28 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
                 d = exponents(triangles_s.at[SHIFTED], s)
                 dq_s.at[s][...] = (x[s] * (jnp.exp(d) * scale)).astype(BF16)
 
-                @pl.when(exact)
-                def _(s=s, high=high, low=low):
-                    at = exact_s[0] - 1  # 0, which only this branch can know: its addresses stay out of the others' registers
+                def differentiate_exactly(s=s, high=high, low=low):
+                    at = exact_s[0] - 1  # 0; see `exact_scores`
                     raw = d_out_s.at[at], dq_s.at[s + at]
                     raw_again(*raw, s)
                     dq, product = exact_gradient(
                         tables_ref, at, m_s, *raw, g_tiles(s), scale, (high, low), of_query=True
                     )
                     between = x[s] - matmul((m_s, k_s.at[s + at]))
-                    dq_s.at[s][...] = (dq + jnp.exp(exponents(triangles_s.at[UP_TO_HERE], s)) * scale * between).astype(BF16)
+                    to_here = jnp.exp(exponents(triangles_s.at[UP_TO_HERE], s))
+                    dq_s.at[s][...] = (dq + to_here * scale * between).astype(BF16)
                     _put_split(product + load(q_s.at[s]) * between, high, low)
 
+                when(exact, differentiate_exactly)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dq_s.at[s], dq_ref.at[row, tokens, head, channels(s)])
             sync(products_ready)
             write_dg(0)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == 1)
-        def _key():
-            _registers(_CONSUMER, interpret)
-            plgpu.barrier_wait(inputs_full)
-            exact = exact_s[0] > 0
-            clamp(exact)
-            pl.when(exact)(lambda: _put_table(m_s, triangles_ref, AFTER))  # M comes later
+        def key(exact):
+            when(exact, clamp)
+            when(exact, lambda: _put_table(m_s, triangles_ref, AFTER))  # M comes later
             plgpu.commit_smem()
             gated(k_s, 1.0, -1.0, m_s, exact)
             plgpu.barrier_arrive(k_ready)
@@ -688,8 +697,7 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
                 d = exponents(triangles_s.at[SHIFTED], s)
                 dk_s.at[s][...] = ((y[s] + y_m) * jnp.exp(-d)).astype(BF16)
 
-                @pl.when(exact)
-                def _(s=s, high=high, low=low):
+                def differentiate_exactly(s=s, high=high, low=low, y=y):
                     at = exact_s[0] - 1
                     raw = v_s.at[s + at], dk_s.at[s + at]
                     raw_again(*raw, s)
@@ -705,6 +713,7 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
                     dot = plgpu.load(dot_s.at[rows(s)], layout=ROW, optimized=False)
                     dot_s.at[rows(s)][...] = dot * jnp.exp(middle + rest)
 
+                when(exact, differentiate_exactly)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dk_s.at[s], dk_ref.at[row, tokens, head, channels(s)])
             sync(products_ready)
@@ -712,6 +721,8 @@ def backward_inputs(q, k, v, g, d_out, states, du, exact, *, scale, interpret=Fa
                 write_dg(1)
             plgpu.wait_smem_to_gmem(0)
 
+        pl.when(warpgroup == 0)(lambda: both_ways(query))
+        pl.when(warpgroup == 1)(lambda: both_ways(key))
         # no warpgroup leaves while another still issues matrix products
         sync(done)
 

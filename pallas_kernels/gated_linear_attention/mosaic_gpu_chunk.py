@@ -12,10 +12,12 @@ All other chunks (strong gates, resets) take references that make every exponent
 
     q' = scale q e^G,   k' = k e^{G_last - G},   R = S,   U = e^{G_last} R + k'^T v,   S_next = U
 
-and A = sum over 7 levels of mask_l o (q_l k_l^T): level 0 is the diagonal; level l > 0 cuts the chunk into blocks of 2^l
-rows and pairs the second half of a block with its first half, both relative to the last row of the first half. The
+and A = sum over 7 levels of mask_l o (q_l k_l^T): level 0 is the diagonal; level l > 0 cuts the chunk into blocks of
+2^l rows and pairs the second half of a block with its first half, both relative to the last row of the first half. The
 exponents of a level are again a product W_l g with 0/1 entries, so nothing cancels, however strong the gate.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +73,8 @@ def constants():
 def tile(*shape):
     """Return a bfloat16 buffer in shared memory, tiled and swizzled for the tensor cores and the copy engine."""
     swizzle = plgpu.find_swizzle(shape[-1] * 16)
-    return plgpu.SMEM(shape, BF16, transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)))
+    tiling = plgpu.TilingTransform((8, swizzle // 2))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, BF16, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))  # type: ignore[abstract]
 
 
 def barrier(arrivals, count=1):
@@ -138,14 +141,12 @@ def exceeds_bound(*arrays, interpret):
     splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA,) * len(arrays), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
+        arg_types=(WGMMA,) * len(arrays), return_type=plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=splat)
     )
     def vote(_, *registers):
         i32 = ir.IntegerType.get_signless(32)
-        largest = None
-        for register in (r for array in registers for r in array.registers.flat):
-            magnitude = mlir_math.absf(register)
-            largest = magnitude if largest is None else arith.maximumf(largest, magnitude)
+        magnitudes = [mlir_math.absf(r) for array in registers for r in array.registers.flat]
+        largest = functools.reduce(arith.maximumf, magnitudes)
         beyond = mgpu.c(0, i32)
         for lane in range(ir.VectorType(largest.type).shape[0]):
             value = llvm.extractelement(largest, mgpu.c(lane, i32))
@@ -163,6 +164,29 @@ def exceeds_bound(*arrays, interpret):
     return vote(*arrays) > 0
 
 
+def when(exact, action):
+    """Act in an exact chunk; `exact` is a traced scalar, or None in code that only ever meets bounded chunks.
+
+    The code for exact chunks needs many registers, and what it makes the compiler spill would slow all chunks down. The
+    kernels therefore have their loops twice: with `exact` None, and with both kinds of chunk.
+    """
+    if exact is not None:
+        pl.when(exact)(action)
+
+
+def unless(exact, action):
+    """Act in a bounded chunk; see `when`."""
+    if exact is None:
+        action()
+    else:
+        pl.when(jnp.logical_not(exact))(action)
+
+
+def choose(exact, if_exact, if_bounded, *args):
+    """Return `if_exact(*args)` or `if_bounded(*args)`; see `when`."""
+    return if_bounded(*args) if exact is None else lax.cond(exact, if_exact, if_bounded, *args)
+
+
 def clamp_log_decay(refs):
     """Replace -inf in tiles of log decays by a finite number that means the same."""
     for ref in refs:
@@ -175,8 +199,8 @@ def exact_scores(tables, first, tiles, slabs, scale, buffers):
 
     Args:
         tables: LEVEL_TABLES in global memory.
-        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute addresses
-            for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute
+            addresses for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
         tiles: from the index of a slab to its (q, k, [g...]), with one or two terms of g.
         slabs: how many.
         scale: of the query.
@@ -209,8 +233,8 @@ def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, 
 
     Args:
         tables: LEVEL_TABLES in global memory.
-        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute addresses
-            for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute
+            addresses for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
         masked: M = tril(do v^T), a tile.
         q, k, g: tiles; g a list of terms.
         scale: of the query.

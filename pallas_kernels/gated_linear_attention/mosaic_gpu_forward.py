@@ -2,9 +2,11 @@
 
 One thread block per (batch row, head, tile of value columns) walks the chunks. Warpgroup 0 makes the gated tiles, the
 scores A and the output; warpgroup 1 holds the state in float32 registers; warpgroup 2 drives the copy engine. What must
-move moves once: q, k, v, g in, out and the final state out, and where a gradient will follow what it needs of every chunk:
-R in bfloat16, whether the chunk is exact, and A. See `mosaic_gpu_chunk` for the algebra and its letters.
+move moves once: q, k, v, g in, out and the final state out, and where a gradient will follow what it needs of every
+chunk: R in bfloat16, whether the chunk is exact, and A. See `mosaic_gpu_chunk` for the algebra and its letters.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +25,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     WGMMA,
     along_rows,
     barrier,
+    choose,
     clamp_log_decay,
     constants,
     decay_source,
@@ -33,6 +36,8 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     matmul,
     result,
     tile,
+    unless,
+    when,
     zeros,
 )
 
@@ -45,16 +50,17 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
     Args:
         q: [B, T, H, K] bfloat16, K a multiple of 64.
         k: [B, T, H_kv, K], v: [B, T, H_kv, V] bfloat16, V a multiple of value_tile.
-        g: one or two terms [B or 1, T or C, any heads, K or 64] bfloat16 whose sum is the log decay; see `decay_source`.
+        g: one or two terms [B or 1, T or C, any heads, K or 64] bfloat16 that sum to the log decay; see `decay_source`.
         initial_state: [B, H, K, V] float32 or None.
         scale: of the query.
         value_tile: value columns of a thread block, 64 or 128.
-        save: what to return for the backward pass: None; "states"; "scores" too. The scores of exact chunks always count.
+        save: what to return for the backward pass: None; "states"; "scores": them too. Those of exact chunks always.
         interpret: run in the interpreter.
 
     Returns:
-        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, then if asked for: states R [B, H, N, K, V] bfloat16,
-        exact [B, H, N] int32, scores [B, H, N, C, C] bfloat16 (with "states", of exact chunks only: others are not written).
+        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, then if asked for:
+        states R [B, H, N, K, V] bfloat16, exact [B, H, N] int32, scores [B, H, N, C, C] bfloat16 (with
+        "states", those of bounded chunks are not written).
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
@@ -72,14 +78,14 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             result((batch, heads, chunks, CHUNK, CHUNK), BF16, q),
         ]
 
-    def body(*refs):
-        refs = list(refs)
+    def body(*all_refs):
+        refs = list(all_refs)
         take = lambda count: [refs.pop(0) for _ in range(count)]
         q_ref, k_ref, v_ref, select_ref, triangles_ref, tables_ref = take(6)
         g_refs = take(terms)
         (initial_ref,) = take(1) if initial_state is not None else (None,)
         out_ref, final_ref = take(2)
-        states_ref, exact_ref, scores_ref = take(3) if save is not None else (None,) * 3
+        states_ref, exact_ref, scores_ref = take(3 if save is not None else 0) or [None] * 3
         q_s, k_s, g_s, v_s, gated_k_s, r_s, out_s, q_level_s, k_level_s, shift_s, select_s, exact_s = take(12)
         full, free, v_full, v_free, k_ready, k_free, exact_ready, r_ready, r_free = take(9)
         shift_ready, select_ready, done, *staging = refs
@@ -105,6 +111,27 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         halves = lambda n, s: matmul(*((term.T, select_s.T) for term in g_tiles(n, s)), shape=(SLAB, 8))
         exponents = lambda w, n, s: matmul(*((w, term) for term in g_tiles(n, s)))
 
+        def walk(chunk, carry):
+            """Walk the chunks: by the lean code until one is exact, from there on by the code for both kinds."""
+
+            def judged(n):
+                plgpu.barrier_wait(exact_ready.at[lax.rem(n, 4)])
+                return exact_s[lax.rem(n, 4)]
+
+            def lean(loop):
+                n, _, carry = loop
+                carry = chunk(n, carry, None)
+                return n + 1, lax.cond(n + 1 < chunks, lambda: judged(n + 1), lambda: jnp.int32(0)), carry
+
+            def careful(n, carry):
+                carry = chunk(n, carry, exact_s[lax.rem(n, 4)] > 0)
+                pl.when(n + 1 < chunks)(lambda: plgpu.barrier_wait(exact_ready.at[lax.rem(n + 1, 4)]))
+                return carry
+
+            bounded = lambda loop: jnp.logical_and(loop[0] < chunks, loop[1] == 0)
+            n, _, carry = lax.while_loop(bounded, lean, (jnp.int32(0), judged(jnp.int32(0)), carry))
+            return lax.fori_loop(n, chunks, careful, carry)
+
         @pl.when(warpgroup == 2)
         def _copies():
             if not interpret:
@@ -124,8 +151,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                     for s in range(slabs):
                         clamp_log_decay(g_tiles(n, s))
 
-                exact_s[lax.rem(n, 2)] = exact.astype(jnp.int32)
-                plgpu.barrier_arrive(exact_ready.at[lax.rem(n, 2)])
+                exact_s[lax.rem(n, 4)] = exact.astype(jnp.int32)
+                plgpu.barrier_arrive(exact_ready.at[lax.rem(n, 4)])
 
             def chunk(n, _):
                 tokens, v_slot = pl.ds(n * CHUNK, CHUNK), lax.rem(n, 2)
@@ -133,7 +160,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 plgpu.copy_gmem_to_smem(v_ref.at[row, tokens, kv_head, columns], v_s.at[v_slot], v_full.at[v_slot])
                 for s in range(slabs):
                     i = slot(n, s)
-                    pl.when(n * slabs + s >= stages)(lambda i=i: plgpu.barrier_wait(free.at[i]))
+                    pl.when(n * slabs + s >= stages)(functools.partial(plgpu.barrier_wait, free.at[i]))
                     channels = pl.ds(s * SLAB, SLAB)
                     plgpu.copy_gmem_to_smem(q_ref.at[row, tokens, head, channels], q_s.at[i], full.at[i])
                     plgpu.copy_gmem_to_smem(k_ref.at[row, tokens, kv_head, channels], k_s.at[i], full.at[i])
@@ -161,11 +188,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
             causal = iota(0) >= iota(1)
 
-            def chunk(n, _):
+            def chunk(n, carry, exact):
                 v_slot = lax.rem(n, 2)
-                even = lax.rem(n, 2)
-                plgpu.barrier_wait(exact_ready.at[even])
-                exact = exact_s[even] > 0
+                unknown_zero = lambda: exact_s[lax.rem(n, 4)] - 1  # in exact chunks; see `exact_scores`
                 gated_q = []
                 for s in range(slabs):
                     i = slot(n, s)
@@ -173,12 +198,12 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                     d = exponents(shift_s, n, s)
                     q_tile = (load(q_s.at[i]) * (jnp.exp(d) * scale)).astype(BF16)
                     k_tile = (load(k_s.at[i]) * jnp.exp(-d)).astype(BF16)
-                    pl.when(jnp.logical_not(exact))(lambda i=i: plgpu.barrier_arrive(free.at[i]))
-                    pl.when(n >= 1)(lambda s=s: plgpu.barrier_wait(k_free.at[s]))
+                    unless(exact, functools.partial(plgpu.barrier_arrive, free.at[i]))
+                    pl.when(n >= 1)(functools.partial(plgpu.barrier_wait, k_free.at[s]))
                     gated_k_s.at[s][...] = k_tile
 
                     def unbounded(s=s, i=i):
-                        at = exact_s[even] - 1  # 0; see `exact_scores`
+                        at = unknown_zero()
                         if s == 0:
                             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last scores lie in a buffer used here
                         for buffer, index in ((q_level_s, UP_TO_HERE), (k_level_s, AFTER)):
@@ -187,7 +212,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                         gated_k_s.at[s][...] = (load(k_s.at[i]) * jnp.exp(exponents(k_level_s, n, s))).astype(BF16)
                         return (load(q_s.at[i]) * (jnp.exp(exponents(q_level_s, n, s)) * scale)).astype(BF16)
 
-                    gated_q.append(lax.cond(exact, unbounded, lambda q_tile=q_tile: q_tile))
+                    gated_q.append(choose(exact, unbounded, lambda q_tile=q_tile: q_tile))
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(k_ready.at[s])
 
@@ -201,15 +226,12 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 def by_levels():
                     tiles = lambda s: (q_s.at[slot(n, s)], k_s.at[slot(n, s)], g_tiles(n, s))
                     buffers = (out_s.at[:, pl.ds(0, CHUNK)], q_level_s, k_level_s)
-                    return exact_scores(tables_ref, exact_s[even] - 1, tiles, slabs, scale, buffers).astype(BF16)
+                    return exact_scores(tables_ref, unknown_zero(), tiles, slabs, scale, buffers).astype(BF16)
 
-                a = lax.cond(exact, by_levels, lambda: jnp.where(causal, a, 0.0).astype(BF16))
+                a = choose(exact, by_levels, lambda: jnp.where(causal, a, 0.0).astype(BF16))
 
-                @pl.when(exact)
-                def _():
-                    for s in range(slabs):
-                        plgpu.barrier_arrive(free.at[slot(n, s)])
-
+                for s in range(slabs):
+                    when(exact, functools.partial(plgpu.barrier_arrive, free.at[slot(n, s)]))
                 plgpu.barrier_wait(v_full.at[v_slot])
                 plgpu.barrier_wait(r_ready)
 
@@ -227,14 +249,17 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 if save == "scores":
                     scores_s[...] = a
                 elif save == "states":
-                    pl.when(exact)(lambda: scores_s.__setitem__(..., a))
+                    when(exact, lambda: scores_s.__setitem__(..., a))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, out_ref.at[row, pl.ds(n * CHUNK, CHUNK), head, columns])
-                if save is not None:
-                    wanted = value_index == 0 if save == "scores" else jnp.logical_and(value_index == 0, exact)
-                    pl.when(wanted)(lambda: plgpu.copy_smem_to_gmem(scores_s, scores_ref.at[row, head, n]))
+                write = lambda: plgpu.copy_smem_to_gmem(scores_s, scores_ref.at[row, head, n])
+                if save == "scores":
+                    pl.when(value_index == 0)(write)
+                elif save == "states":
+                    when(exact, lambda: pl.when(value_index == 0)(write))
+                return carry
 
-            lax.fori_loop(0, chunks, chunk, None)
+            walk(chunk, ())
             for s in range(slabs):
                 plgpu.barrier_wait(k_free.at[s])
             plgpu.wait_smem_to_gmem(0)
@@ -254,24 +279,21 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                     return zeros(shape)
                 return plgpu.load(initial_ref.at[row, head, rows(s), columns], layout=WGMMA, optimized=False)
 
-            def chunk(n, carry):
+            def chunk(n, carry, exact):
                 state, pending, v_slot = list(carry[0]), list(carry[1]), lax.rem(n, 2)
                 pl.when(n >= 1)(lambda: plgpu.barrier_wait(r_free))
                 if states_ref is not None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                even = lax.rem(n, 2)
-                plgpu.barrier_wait(exact_ready.at[even])
-                exact = exact_s[even] > 0
                 for s in range(slabs):
                     plgpu.barrier_wait(full.at[slot(n, s)])
                     sums = halves(n, s)
                     plgpu.barrier_arrive(free.at[slot(n, s)])
                     middle = jnp.sum(jnp.where(column == 0, sums, 0.0), axis=1)
                     rest = jnp.sum(jnp.where(column == 1, sums, 0.0), axis=1)
-                    before = lax.cond(exact, lambda p, _: p, lambda p, m: p + m, pending[s], middle)
+                    before = choose(exact, lambda p, _: p, lambda p, m: p + m, pending[s], middle)
                     r = state[s] * along_rows(jnp.exp(before), shape)
                     r_s.at[rows(s)][...] = r.astype(BF16)
-                    state[s], pending[s] = lax.cond(
+                    state[s], pending[s] = choose(
                         exact,
                         lambda r, middle, rest: (r * along_rows(jnp.exp(middle + rest), shape), zero_row),
                         lambda r, _, rest: (r, rest),
@@ -281,7 +303,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 plgpu.barrier_arrive(r_ready)
                 if states_ref is not None:
                     plgpu.copy_smem_to_gmem(r_s, states_ref.at[row, head, n, :, columns])
-                    exact_ref[row, head, n] = exact.astype(jnp.int32)
+                    exact_ref[row, head, n] = jnp.int32(0) if exact is None else exact.astype(jnp.int32)
                 plgpu.barrier_wait(v_full.at[v_slot])
                 for s in range(slabs):
                     plgpu.barrier_wait(k_ready.at[s])
@@ -296,7 +318,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 return lax.optimization_barrier(pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(x)))
 
             start = tuple(initial(s) for s in range(slabs)), (zero_row,) * slabs
-            state, pending = lax.fori_loop(0, chunks, chunk, start)
+            state, pending = walk(chunk, start)
             for s in range(slabs):
                 final = state[s] * along_rows(jnp.exp(pending[s]), shape)
                 final_ref.at[row, head, rows(s), columns][...] = final
@@ -319,14 +341,14 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         tile(CHUNK, SLAB),
         tile(CHUNK, CHUNK),
         tile(8, CHUNK),
-        plgpu.SMEM((2,), jnp.int32),
+        plgpu.SMEM((4,), jnp.int32),
         barrier(2 + terms, stages),  # full
         barrier(2, stages),  # free
         barrier(1, 2),  # v_full
         barrier(2, 2),  # v_free
         barrier(1, slabs),  # k_ready
         barrier(1, slabs),  # k_free
-        barrier(1, 2),  # exact_ready
+        barrier(1, 4),  # exact_ready: no chunk is judged before all are done with the fourth before it
         *(barrier(1) for _ in range(4)),  # r_ready, r_free, shift_ready, select_ready
         barrier(3),  # done
     ]

@@ -135,9 +135,12 @@ def test_lowers_for_cuda(shape):
         out, state = op(q, k, v, g, None, None)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-    text = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(keys, keys, values, keys).lower(
-        lowering_platforms=("cuda",)
-    ).as_text()
+    text = (
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        .trace(keys, keys, values, keys)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
     assert "gla_backward" in text and "gla_forward" in text
 
 
@@ -147,3 +150,23 @@ def test_says_why_it_does_not_serve():
     assert "query is float32" in reason(q.astype(jnp.float32), k, v, g, None, None)
     assert "chunks of 64" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=32, interpret=True)
     assert "backend is cpu" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=None, interpret=False)
+
+
+ON_A_GPU = {
+    "segments, initial state, tail": (2, 200, 2, 1, 64, 64, "strong", "initial segments"),
+    "long": (1, 8192, 1, 1, 64, 64, "strong", "segments"),
+    "340M": (1, 512, 2, 2, 128, 256, "bfloat16", "initial"),
+    "340M, float32, strong": (1, 192, 2, 1, 128, 256, "strong float32", "initial"),
+    "1.3B": (1, 320, 1, 1, 256, 512, "bfloat16", "initial"),
+    "1.3B, strong": (1, 192, 1, 1, 256, 128, "strong", "segments"),
+    "odd sizes": (1, 100, 2, 1, 96, 80, "scalar", "initial"),
+    "no gate": (1, 130, 1, 1, 32, 48, "none", ""),
+    "short": (2, 40, 1, 1, 64, 64, "bfloat16", ""),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU")
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_gpu_matches_float64(case):
+    check(ON_A_GPU[case], interpret=False, seed=1)
