@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ def run(main: Callable[[dict[str, str]], int | str | None]) -> None:
     """
     try:
         app.run(main, flags_parser=_parse_flags)
-    except (ConfigError, flags.Error) as error:
+    except ConfigError as error:
         sentence = str(error)
+    except flags.Error as error:
+        sentence = re.sub(r"^flag --\w+=None: ", "", str(error).splitlines()[0])  # several may be missing
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             raise

@@ -9,6 +9,7 @@ by which one that lost something later is known.
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from gla_jax.training.state import Params, TrainState
 
 _SIZES = "file_sizes.json"
 _DIGITS = 8
+_OVERHEAD = 2**20  # bytes that a checkpoint needs beside the arrays
 
 
 class CheckpointWriter:
@@ -64,9 +66,14 @@ class CheckpointWriter:
             step: its step.
             data_fingerprint: of the pipeline, whose next batch is that of this step.
             eval_loss: held-out loss of this very state, if it was evaluated.
+
+        Raises:
+            ConfigError: the disk is too full.
         """
         if step in self._manager.all_steps():
             return
+        self._manager.wait_until_finished()
+        require_space(self._folder, state)
         items = {
             "params": ocp.args.StandardSave(state.params),
             "optimizer": ocp.args.StandardSave(_optimizer_item(state)),
@@ -90,6 +97,22 @@ class CheckpointWriter:
         if jax.process_index() == 0:
             for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 (unfinished / _SIZES).write_text(json.dumps(_file_sizes(unfinished)))
+
+
+def require_space(folder: Path, state: TrainState) -> None:
+    """Raise ConfigError if the disk has no room for another checkpoint.
+
+    Args:
+        folder: where it would go.
+        state: what would be saved, or its description.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) + _OVERHEAD
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ConfigError(
+            f"{folder} has {free / 1e6:,.1f} MB left on its disk and a checkpoint takes {size / 1e6:,.1f} MB; "
+            "free some space and give the same command again."
+        )
 
 
 def restore_state(

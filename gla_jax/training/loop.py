@@ -17,7 +17,7 @@ from gla_jax.evaluation import EvalStep, evaluate
 from gla_jax.inference import generate
 from gla_jax.models import abstract_model, bind, parameter_table
 from gla_jax.parallel.mesh import check_batch, make_mesh, place_batch, process_rows
-from gla_jax.training.checkpoint import CheckpointWriter, restore_params, restore_state
+from gla_jax.training.checkpoint import CheckpointWriter, require_space, restore_params, restore_state
 from gla_jax.training.display import Display, Numbers, open_display
 from gla_jax.training.interruption import Interruption
 from gla_jax.training.metrics import MetricsWriter
@@ -76,7 +76,7 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
 
         folder = stack.enter_context(Workdir(workdir))
         folder.check_config(config)
-        folder.require_space(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract)))
+        require_space(folder.path, abstract)
         display.say(_introduction(config, data, mesh, abstract_params))
         state, params = _restore_run(config, folder, abstract, data, display), None
         if state is None and config.init_from is not None:

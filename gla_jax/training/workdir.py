@@ -3,7 +3,6 @@
 import fcntl
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,7 +45,7 @@ class Workdir:
         if self._primary:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (open for as long as the run)
+                self._lock = open(self.path / ".lock", "w")
             except OSError as error:
                 raise ConfigError(f"--workdir={self.path} cannot be written: {error.strerror}.") from None
             try:
@@ -81,15 +80,6 @@ class Workdir:
         """Write config.json, which makes the folder this run's."""
         if self._primary:
             _replace_text(self.config, json.dumps(as_dict(config), indent=2) + "\n")
-
-    def require_space(self, size: int) -> None:
-        """Raise ConfigError if not even one checkpoint of so many bytes fits."""
-        free = shutil.disk_usage(self.path).free
-        if free < size:
-            raise ConfigError(
-                f"--workdir={self.path} has {free / 1e6:,.0f} MB left and a checkpoint takes {size / 1e6:,.0f} MB; "
-                "free some space or use another disk."
-            )
 
     def rewind(self, step: int) -> None:
         """Drop what was written about later steps, which training on from this one will write again."""

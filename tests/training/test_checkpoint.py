@@ -1,6 +1,7 @@
 """Checkpoints: read on any mesh, complete or passed over, the newest and the best kept."""
 
 import functools
+import types
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,16 @@ def test_shapes_of_another_model_are_refused(tmp_path: Path) -> None:
         wider = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=abstract.params["a"].sharding)
         with pytest.raises(ConfigError, match="none of which can be read"):
             restore_params(tmp_path, abstract.params | {"a": wider}, lambda _: None)
+
+
+def test_a_disk_without_room_is_said_so_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with jax.set_mesh(make_mesh(FSDP_TENSOR)):
+        save(tmp_path, {1: None})
+        monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1_000_000))
+        with pytest.raises(
+            ConfigError, match=r"has 1\.0 MB left on its disk and a checkpoint takes 1\.1 MB; free some"
+        ):
+            save(tmp_path, {2: None}, start=1)
+        assert kept(tmp_path) == ["00000001"]
