@@ -61,7 +61,7 @@ def _parse_flags(argv: list[str]) -> dict[str, str]:
     if stray := flags.FLAGS(others)[1:]:
         raise ConfigError(f"{stray[0]!r} is no flag; flags are written --name=value.")
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = -1  # warnings; absl would choose INFO, of which Orbax makes much
+        flags.FLAGS["verbosity"].value = -1  # warnings; absl would choose INFO, of which Orbax makes much
     _use_compilation_cache()
     return overrides
 

@@ -327,16 +327,16 @@ def _meanings(section: Any, prefix: str) -> dict[str, str]:
     """Return {dotted name: the docstring below the field}."""
     classes = [cls for cls in reversed(type(section).__mro__) if dataclasses.is_dataclass(cls)]
     body = [line for cls in classes for line in ast.parse(inspect.getsource(cls)).body[0].body]  # type: ignore[attr-defined]
-    meanings = {
-        prefix + field.target.id: " ".join(below.value.value.split())
-        for field, below in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
-    }
+    meanings = {}
+    for pair in itertools.pairwise(body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                meanings[prefix + name] = " ".join(text.split())
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        for name, part in value.items() if isinstance(value, dict) else [(None, value)]:
+        for inner, part in value.items() if isinstance(value, dict) else [("", value)]:
             if dataclasses.is_dataclass(part):
-                meanings |= _meanings(part, f"{prefix}{field.name}." + (f"{name}." if name else ""))
+                meanings |= _meanings(part, f"{prefix}{field.name}." + (f"{inner}." if inner else ""))
     return meanings
 
 

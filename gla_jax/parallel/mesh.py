@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gla_jax.config import ConfigError, MeshConfig
-from gla_jax.parallel.sharding import axis_size, named_sharding
+from gla_jax.parallel.sharding import axis_size, spec
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -107,10 +107,11 @@ def process_rows(batch_size: int) -> tuple[int, int]:
     Returns:
         The index of the part, and how many there are; all have the same size.
     """
-    sharding = named_sharding("batch")
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
     held: dict[int, set[int]] = {}
     for device, (rows,) in sharding.devices_indices_map((batch_size,)).items():
-        held.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
+        process = device.process_index  # type: ignore[attr-defined]
+        held.setdefault(process, set()).update(range(*rows.indices(batch_size)))
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
@@ -125,7 +126,7 @@ def place_batch(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.
     Returns:
         Arrays [B, T], laid out over the mesh.
     """
-    sharding = named_sharding("batch", "time")
+    sharding = NamedSharding(jax.sharding.get_mesh(), spec("batch", "time"))
     return {
         name: jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
         for name, rows in batch.items()

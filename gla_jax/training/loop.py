@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
 
         for step in range(start + 1, config.steps + 1):
             with throughput.waiting_for_data():
-                batch = next(batches)
-            batch = place_batch(batch, config.data.batch_size)
+                rows = next(batches)
+            batch = place_batch(rows, config.data.batch_size)
             with profile.step(step), jax.transfer_guard("disallow"):
                 state, measured = train_step(state, batch)
             log.add(step, measured)
@@ -169,7 +169,7 @@ class _StepLog:
         newest, self._newest = self._newest, None
         self._write(newest)
 
-    def report(self, step: int, metrics: Numbers, timings: Numbers) -> None:
+    def report(self, step: int, metrics: Mapping[str, float], timings: Numbers) -> None:
         """Write and show figures."""
         self._metrics.write(step, metrics, timings)
         self._display.report(step, metrics, timings)

@@ -17,16 +17,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, final = config.learning_rate, config.final_learning_rate
 
     def schedule(step: jax.Array) -> jax.Array:
-        rise = jnp.clip(step / max(config.warmup_steps, 1), 0, 1)
-        if config.schedule == "constant":
-            fall = 0.0
-        elif config.schedule == "wsd":
-            start = steps * (1 - config.decay_fraction)
-            fall = jnp.clip((step - start) / (steps - start), 0, 1)
-        else:
+        height = jnp.ones((), jnp.float32)
+        if config.warmup_steps:
+            height = jnp.minimum(step / config.warmup_steps, 1)
+        if config.schedule == "cosine":
             progress = jnp.clip((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 0, 1)
-            fall = (1 - jnp.cos(jnp.pi * progress)) / 2
-        return final + (peak - final) * jnp.minimum(rise if config.warmup_steps else 1.0, 1 - fall)
+            height = jnp.minimum(height, (1 + jnp.cos(jnp.pi * progress)) / 2)
+        elif config.schedule == "wsd":
+            height = jnp.clip((steps - step) / (steps * config.decay_fraction), 0, height)
+        return final + (peak - final) * height
 
     return schedule
 
