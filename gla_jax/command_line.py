@@ -60,8 +60,9 @@ def _parse_flags(argv: list[str]) -> dict[str, str]:
         raise ConfigError(f"--config.{min(overrides)} is no flag of this command, which takes no config.")
     if stray := flags.FLAGS(others)[1:]:
         raise ConfigError(f"{stray[0]!r} is no flag; flags are written --name=value.")
-    if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS["verbosity"].value = -1  # warnings; absl would choose INFO, of which Orbax makes much
+    verbosity = flags.FLAGS["verbosity"]
+    if verbosity.using_default_value:
+        verbosity.value, verbosity.using_default_value = -1, False  # warnings; absl would show Orbax's every move
     _use_compilation_cache()
     return overrides
 

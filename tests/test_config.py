@@ -143,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_help_lists_every_field_with_its_default_and_meaning() -> None:
     lines = describe().splitlines()
     assert len(lines) == len(flat(build(default_config())))
-    assert any(line.split() == ["--config.steps=1000"] for line in lines)
+    assert any(line.split()[0] == "--config.steps=1000" for line in lines)
     assert any("--config.optimizer.z_loss=0.0" in line and "Coefficient" in line for line in lines)
 
 
