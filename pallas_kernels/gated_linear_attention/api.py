@@ -278,7 +278,7 @@ def _checked_log_decay(log_decay, shape, heads):
 
 def _check_sign(log_decay):
     """Refuse a positive log_decay, if its values are known now; under `jax.jit` that is a constant one."""
-    if not isinstance(log_decay, jax.core.Tracer):
+    if not isinstance(log_decay, jax.core.Tracer) and np.size(log_decay):
         with jax.ensure_compile_time_eval():
             largest = float(jnp.max(jnp.asarray(log_decay)))
         if largest > 0:

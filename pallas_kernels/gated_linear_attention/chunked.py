@@ -21,7 +21,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 FLOAT32 = jnp.float32
 
@@ -135,10 +134,9 @@ def _chunk_gradient(arrays, state, d_out, d_next, scale):
     d_v = dot("...ij,...iv->...jv", scores, d_out) + dot("...ck,...kv->...cv", k_out, d_next)
     d_q_in = dot("...iv,...kv->...ik", d_out, state)
     d_k_out = dot("...cv,...kv->...ck", v, d_next)
-    d_q, d_k, d_g = _attend_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot)
     decayed = decay * d_next
-    d_decay = jnp.sum(decayed * state, axis=-1)[..., None, :]  # a gate that is shared gets the sum, once
-    d_g = d_g + _sum_to(d_decay, (*d_g.shape[:2], 1, d_g.shape[3]))
+    d_decay = jnp.sum(decayed * state, axis=-1)[..., None, :]
+    d_q, d_k, d_g = _attend_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, d_decay, dot)
     gradients = [
         None if shape is None else jnp.swapaxes(_sum_to(x, shape), 1, 2)
         for x, shape in zip((scale * d_q, d_k, d_v, d_g), shapes, strict=True)
@@ -169,68 +167,66 @@ def _attend(q, k, a, dot):
     return products * decays, q * from_start, k * to_end, (products, decays, from_start, to_end, merges)
 
 
-def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot):
-    """Return the gradients of q, k and log(a), given those of the results of `_attend`."""
+def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, d_decay, dot):
+    """Return the gradients of q, k and log(a), given those of the results of `_attend` and of the sum of log(a)."""
     if a.shape[-1] == q.shape[-1]:
-        d_q, d_k, d_g = _merge_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, dot)
+        d_q, d_k, d_g = _merge_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, d_decay, dot)
         return d_q, d_k, _sum_to(d_g, a.shape)
     products, decays, from_start, to_end, merges = seen
     d_scores = jnp.tril(d_scores)
     d_products = d_scores * decays
     d_q = dot("...ij,...jk->...ik", d_products, k) + d_q_in * from_start
     d_k = dot("...ij,...ik->...jk", d_products, q) + d_k_out * to_end
+    d_decays = _sum_to(d_scores * products, decays.shape)
+    d_from_start, d_to_end = _sum_to(d_q_in * q, a.shape), _sum_to(d_k_out * k, a.shape)
+    d_decay = _sum_to(d_decay, (*a.shape[:2], 1, 1))
     ones = jnp.ones_like(a)
-    d_decays = (_sum_to(d_scores * products, decays.shape), _sum_to(d_q_in * q, a.shape), _sum_to(d_k_out * k, a.shape))
-    return d_q, d_k, _merge_gradient(ones, ones, a, merges, *d_decays, _dot_for(a))[2]
+    _, _, d_g = _merge_gradient(ones, ones, a, merges, d_decays, d_from_start, d_to_end, d_decay, _dot_for(a))
+    return d_q, d_k, d_g
 
 
 def _merge(q, k, a, dot):
     """Return (scores, q_in, k_out, merges) by merging neighbouring blocks, from single tokens to the whole chunk."""
-    chunk = q.shape[-2]
-    scores = jnp.where(np.eye(chunk, dtype=bool), jnp.sum(q * k, axis=-1, keepdims=True), 0.0)
+    scores = jnp.sum(q * k, axis=-1, keepdims=True)
     # From here on [..., blocks, tokens, dim]: q, k decayed from and to the borders of their block, a its whole decay.
-    q, k, a = (x[..., :, None, :] for x in (q * a, k, a))
+    scores, q, k, a = (x[..., :, None, :] for x in (scores, q * a, k, a))
     merges = []
     while q.shape[-3] > 1:
         merges.append((q, k, a))
-        (q0, q1), (k0, k1), (a0, a1) = map(_pairs, (q, k, a))
+        (q0, q1), (k0, k1), (a0, a1), (scores0, scores1) = map(_pairs, (q, k, a, scores))
         across = dot("...ik,...jk->...ij", q1, k0)
-        n, size = across.shape[-3:-1]
-        tiled = jnp.broadcast_to(across[..., :, None, :, None, None, :], (*across.shape[:-3], n, 2, size, n, 2, size))
-        tiled = tiled.reshape(*scores.shape[:-1], n, 2, size).reshape(scores.shape)
-        scores = jnp.where(_across(chunk, size), tiled, scores)
+        upper = jnp.concatenate([scores0, jnp.zeros_like(across)], axis=-1)
+        scores = jnp.concatenate([upper, jnp.concatenate([across, scores1], axis=-1)], axis=-2)
         q = jnp.concatenate([q0, q1 * a0], axis=-2)
         k = jnp.concatenate([k0 * a1, k1], axis=-2)
         a = a0 * a1
-    return scores, q[..., 0, :, :], k[..., 0, :, :], merges
+    return *(x[..., 0, :, :] for x in (scores, q, k)), merges
 
 
-def _merge_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, dot):
-    """Return the gradients of q, k and log(a), undoing the merges of `_merge` one by one."""
-    chunk = q.shape[-2]
-    d_q, d_k = d_q_in[..., None, :, :], d_k_out[..., None, :, :]
-    d_g = jnp.zeros_like(d_q[..., 0, :])  # of the logarithm of each block's decay, [..., blocks, dim]
+def _merge_gradient(q, k, a, merges, d_scores, d_q, d_k, d_g, dot):
+    """Return the gradients of q, k and log(a), undoing the merges of `_merge` one by one.
+
+    d_scores, d_q, d_k are the gradients of its results, d_g [..., 1, K] is that of the logarithm of the whole decay.
+    """
+    d_scores, d_q, d_k = (x[..., None, :, :] for x in (d_scores, d_q, d_k))
     for block_q, block_k, block_a in reversed(merges):
         (_, q1), (k0, _), (a0, a1) = map(_pairs, (block_q, block_k, block_a))
-        n, size = q1.shape[-3:-1]
-        masked = jnp.where(_across(chunk, size), d_scores, 0.0)
-        masked = masked.reshape(*masked.shape[:-1], n, 2, size)
-        d_across = masked.reshape(*masked.shape[:-4], n, 2, size, *masked.shape[-3:]).sum(axis=(-5, -3, -2))
-        d_q0, d_q1, d_k0, d_k1 = d_q[..., :size, :], d_q[..., size:, :], d_k[..., :size, :], d_k[..., size:, :]
-        d_q1, d_k0 = d_q1 * a0, d_k0 * a1
-        d_g = d_g[..., :, None, :] + jnp.stack([d_q1 * q1, d_k0 * k0], axis=-3).sum(axis=-2)
-        d_g = d_g.reshape(*d_g.shape[:-3], 2 * n, -1)
+        size = q1.shape[-2]
+        d_across = d_scores[..., size:, :size]
+        d_q0, d_q1, d_k0, d_k1 = (
+            d_q[..., :size, :],
+            d_q[..., size:, :] * a0,
+            d_k[..., :size, :] * a1,
+            d_k[..., size:, :],
+        )
+        d_pair = d_g[..., None, :] + jnp.stack([d_q1 * q1, d_k0 * k0], axis=-3).sum(axis=-2)
+        d_g = d_pair.reshape(*d_pair.shape[:-3], -1, d_pair.shape[-1])
         d_q = _unpaired(d_q0, d_q1 + dot("...ij,...jk->...ik", d_across, k0))
         d_k = _unpaired(d_k0 + dot("...ij,...ik->...jk", d_across, q1), d_k1)
-    d_q, d_k = d_q[..., 0, :] * a, d_k[..., 0, :]
-    d_own = jnp.diagonal(d_scores, axis1=-2, axis2=-1)[..., None]
+        d_scores = _unpaired(d_scores[..., :size, :size], d_scores[..., size:, size:])
+    d_own, d_q, d_k = (x[..., 0, :] for x in (d_scores, d_q, d_k))
+    d_q = d_q * a
     return d_q + d_own * k, d_k + d_own * q, d_q * q + d_g
-
-
-def _across(chunk, size):
-    """Return where scores lie that merging blocks of this size adds: rows of odd blocks, columns of the one before."""
-    block = np.arange(chunk) // size
-    return (block[:, None] % 2 == 1) & (block[:, None] == block[None, :] + 1)
 
 
 def _pairs(x):
