@@ -8,7 +8,7 @@ from gla_jax.config import ConfigDict, default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.steps = 600
+    config.steps = 340
 
     config.model.hidden_size = 128
     config.model.num_layers = 4
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     config.optimizer.final_learning_rate = 4e-4
     config.optimizer.warmup_steps = 50
 
-    config.eval.every = 200
-    config.checkpoint.every = 200
+    config.eval.every = 100
+    config.checkpoint.every = 100
     config.sample.prompt = "In the beginning"
     config.sample.tokens = 200
     config.dtype.compute = "float32"  # CPUs have no bfloat16 units

@@ -19,6 +19,7 @@ CASES = {
     "scalar float32, shared heads": (1, 64, 2, 1, 64, 64, "scalar", "initial"),
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
 }
+QUICK = ("resets and -inf", "scalar float32, shared heads")  # the interpreter takes a minute for each of the others
 
 
 def truth(query, key, value, log_decay, initial_state, segment_ids, scale, d_out, d_final):
@@ -108,7 +109,9 @@ def check(shape, *, interpret, seed=0):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # 0 * -inf, which is how the kernel finds it
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.long) for case in CASES]
+)
 def test_interpreter_matches_float64(case):
     check(CASES[case], interpret=True)
 
