@@ -32,8 +32,8 @@ def main(_: list[str]) -> None:
     for index, reference in enumerate(_REFERENCE.value):
         name, _, value = reference.rpartition(":")
         axes.axhline(float(value), color="gray", linestyle=("--", ":", "-.")[index % 3], linewidth=1)
-        axes.annotate(f"{name} {float(value):.2f}", (0.99, float(value)), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=8, color="gray")  # fmt: skip
+        axes.annotate(f"{name} {float(value):.2f}", (0.01, float(value)), xycoords=("axes fraction", "data"),
+                      ha="left", va="top", fontsize=8, color="gray")  # fmt: skip
     axes.set(xlabel="step", ylabel="bits per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
