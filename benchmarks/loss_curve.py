@@ -1,4 +1,4 @@
-"""Draw the loss curve of a run from its metrics: `python benchmarks/loss_curve.py --workdir=DIR --output=docs/loss.png`.
+"""Draw the loss curve of a run: `python benchmarks/loss_curve.py --workdir=DIR --output=docs/loss.png`.
 
 Training loss and held-out loss are both drawn in bits per token; for the byte tokeniser that is bits per byte, and
 `--reference=NAME:BITS` adds a line to compare with (a general-purpose compressor, say). Needs the extra `plot`.

@@ -90,9 +90,7 @@ def kernel(body, *, name, interpret, **kwargs):
         thread_name="warpgroup",
         kernel_name=name,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         **kwargs,
     )
 
