@@ -21,11 +21,12 @@ import jax.numpy as jnp
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pallas_kernels import gated_linear_attention
 
-SHAPES = {
+SHAPES = {  # B, T, H, K, V
     "one long row": (1, 2048, 4, 64, 128),
-    "quickstart": (16, 256, 4, 64, 128),
+    "as the quickstart": (16, 256, 4, 64, 128),
     "small": (8, 256, 2, 32, 64),
-}  # B, T, H, K, V
+}
+AGAINST_REFERENCE = "one long row"  # whose backward pass keeps the state of every token: gigabytes for many rows
 LENGTHS = (256, 2048, 16384)
 
 
@@ -77,14 +78,15 @@ def main():
     for name, shape in SHAPES.items():
         arguments = inputs(*shape)
         row = {"name": name, "B,T,H,K,V": shape}
-        for implementation in ("reference", "chunked"):
+        for implementation in ("reference", "chunked") if name == AGAINST_REFERENCE else ("chunked",):
             forward = jax.jit(functools.partial(gated_linear_attention, implementation=implementation))
             row[implementation] = {
                 "forward ms": milliseconds(forward, arguments),
                 "forward and backward ms": milliseconds(forward_and_backward(implementation), arguments),
             }
-        slow, fast = (row[i]["forward and backward ms"]["least"] for i in ("reference", "chunked"))
-        row["times faster"] = round(slow / fast, 1)
+        if name == AGAINST_REFERENCE:
+            slow, fast = (row[i]["forward and backward ms"]["least"] for i in ("reference", "chunked"))
+            row["times faster"] = round(slow / fast, 1)
         results.append(row)
         print(json.dumps(row), flush=True)
     compiling = {i: {t: compile_seconds(i, (1, t, 4, 64, 128)) for t in LENGTHS} for i in ("reference", "chunked")}

@@ -194,7 +194,9 @@ def _merge(q, k, a, dot):
     while q.shape[-3] > 1:
         merges.append((q, k, a))
         (q0, q1), (k0, k1), (a0, a1), (scores0, scores1) = map(_pairs, (q, k, a, scores))
-        across = dot("...ik,...jk->...ij", q1, k0)
+        # Single rows are multiplied without `dot`: as matrix products they cost the TPU's compiler minutes.
+        size = q1.shape[-2]
+        across = jnp.sum(q1 * k0, axis=-1, keepdims=True) if size == 1 else dot("...ik,...jk->...ij", q1, k0)
         upper = jnp.concatenate([scores0, jnp.zeros_like(across)], axis=-1)
         scores = jnp.concatenate([upper, jnp.concatenate([across, scores1], axis=-1)], axis=-2)
         q = jnp.concatenate([q0, q1 * a0], axis=-2)
@@ -221,8 +223,8 @@ def _merge_gradient(q, k, a, merges, d_scores, d_q, d_k, d_g, dot):
         )
         d_pair = d_g[..., None, :] + jnp.stack([d_q1 * q1, d_k0 * k0], axis=-3).sum(axis=-2)
         d_g = d_pair.reshape(*d_pair.shape[:-3], -1, d_pair.shape[-1])
-        d_q = _unpaired(d_q0, d_q1 + dot("...ij,...jk->...ik", d_across, k0))
-        d_k = _unpaired(d_k0 + dot("...ij,...ik->...jk", d_across, q1), d_k1)
+        d_q = _unpaired(d_q0, d_q1 + (d_across * k0 if size == 1 else dot("...ij,...jk->...ik", d_across, k0)))
+        d_k = _unpaired(d_k0 + (d_across * q1 if size == 1 else dot("...ij,...ik->...jk", d_across, q1)), d_k1)
         d_scores = _unpaired(d_scores[..., :size, :size], d_scores[..., size:, size:])
     d_own, d_q, d_k = (x[..., 0, :] for x in (d_scores, d_q, d_k))
     d_q = d_q * a
