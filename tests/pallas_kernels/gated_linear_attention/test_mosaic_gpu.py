@@ -19,7 +19,7 @@ CASES = {
     "scalar float32, shared heads": (1, 64, 2, 1, 64, 64, "scalar", "initial"),
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
 }
-QUICK = ("resets and -inf", "scalar float32, shared heads")  # the interpreter takes a minute for each of the others
+QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
 
 
 def truth(query, key, value, log_decay, initial_state, segment_ids, scale, d_out, d_final):
