@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from gla_jax.layers.linear import linear, linear_flops
+from gla_jax.layers.recompute import recomputed
 from gla_jax.parallel.sharding import out_sharding
 
 
@@ -49,9 +50,14 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
         wide = out_sharding("batch", "time", "mlp")
-        hidden = jax.nn.silu(self.gate(x, out_sharding=wide)) * self.up(x, out_sharding=wide)
+        hidden = _gated(self.gate(x, out_sharding=wide), self.up(x, out_sharding=wide))
         return self.down(hidden, out_sharding=out_sharding("batch", "time", "hidden"))
 
     def flops_per_token(self) -> float:
         """Return the FLOPs of the forward pass for one token."""
         return linear_flops(self.gate, self.up, self.down)
+
+
+@recomputed
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(up.dtype)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from gla_jax.layers.recompute import recomputed
+
 
 class RMSNorm(nnx.RMSNorm):
     """x / rms(x) * scale over the last axis, computed in float32, returned in the dtype of x (arXiv 1910.07467)."""
@@ -24,4 +26,4 @@ class RMSNorm(nnx.RMSNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """Normalise the last axis of x."""
-        return super().__call__(x).astype(x.dtype)
+        return recomputed(lambda x: super(RMSNorm, self).__call__(x).astype(x.dtype))(x)

@@ -16,6 +16,7 @@ from gla_jax.layers.activation import ACTIVATIONS
 from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.norm import RMSNorm
+from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.layers.short_convolution import ShortConvolution
 from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
@@ -191,13 +192,17 @@ class RecurrentAttention(nnx.Module):
         query, key, value = heads(query, self.num_heads), heads(key, self.num_kv_heads), heads(value, self.num_kv_heads)
         out, state = self._recur(query, key, value, self._forget_gate(x), state, segment_ids, positions)
 
-        out = self.output_norm(out.astype(jnp.float32))
-        out = shard(out, "batch", "time", "heads", None).reshape(*x.shape[:2], -1)
-        if self.output_gate is not None:
-            gate = self.output_gate(x, out_sharding=wide)
-            out = out * ACTIVATIONS[self.options.gate_fn](gate.astype(jnp.float32))
-        y = self.output(out.astype(self.dtype), out_sharding=out_sharding("batch", "time", "hidden"))
+        gate = None if self.output_gate is None else self.output_gate(x, out_sharding=wide)
+        out = recomputed(self._gated_norm)(shard(out, "batch", "time", "heads", None), gate)
+        y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))
         return y, state | ({"convolutions": convolutions} if convolutions else {})
+
+    def _gated_norm(self, out: jax.Array, gate: jax.Array | None) -> jax.Array:
+        """Normalise what each head returned, [B, T, H, V], and gate it: [B, T, H V]."""
+        out = self.output_norm(out.astype(jnp.float32)).reshape(*out.shape[:2], -1)
+        if gate is not None:
+            out = out * ACTIVATIONS[self.options.gate_fn](gate.astype(jnp.float32))
+        return out.astype(self.dtype)
 
     def _recur(
         self,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from gla_jax.layers.recompute import recomputed
 from gla_jax.parallel.sharding import per_shard, shard, zeros
 
 
@@ -53,7 +54,9 @@ class ShortConvolution(nnx.Module):
             The result [B, T, channels] and the state after the last token.
         """
         rows, channels = ("batch", None, "heads"), ("heads",)  # taps slide along time: a device needs whole rows
-        convolve = per_shard(_convolve, (rows, (None, *channels), channels, rows, ("batch", None)), (rows, rows))
+        convolve = per_shard(
+            recomputed(_convolve), (rows, (None, *channels), channels, rows, ("batch", None)), (rows, rows)
+        )
         bias = None if self.bias is None else self.bias[...]
         y, state = convolve(x.astype(self.dtype), self.taps[...], bias, state, segment_ids)
         return shard(y, "batch", "time", "heads"), state

@@ -35,9 +35,9 @@ def in_mesh() -> bool:
 
 
 def mesh_axes(*names: str | None) -> tuple[str, ...]:
-    """Return the axes of the current mesh that serve these logical names; those that the mesh lacks are left out."""
-    present = jax.sharding.get_abstract_mesh().axis_names if in_mesh() else ()
-    return tuple(axis for name in names if name is not None for axis in RULES[name] if axis in present)
+    """Return the axes of the current mesh that serve these logical names; axes that cut nothing are left out."""
+    shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {}
+    return tuple(axis for name in names if name is not None for axis in RULES[name] if shape.get(axis, 1) > 1)
 
 
 def axis_size(name: str) -> int:

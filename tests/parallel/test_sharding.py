@@ -40,7 +40,8 @@ def test_everything_is_the_identity_outside_a_mesh():
 @pytest.mark.usefixtures("mesh")
 def test_names_are_mapped_to_the_axes_of_the_mesh():
     assert in_mesh() and axis_size("batch") == 4 and axis_size("time") == 1
-    assert spec("batch", "time", "hidden", "heads") == PartitionSpec(("data", "fsdp"), "sequence", None, "tensor")
+    assert spec("batch", "hidden", "heads") == PartitionSpec(("data", "fsdp"), None, "tensor")
+    assert spec("time", "layers") == PartitionSpec(None, None), "an axis of size 1 cuts nothing"
     assert named_sharding("embed").mesh == jax.sharding.get_mesh()
     assert jax.typeof(zeros((4, 2), jnp.bfloat16, "batch", "heads")).sharding.spec == spec("batch", "heads")
     with pytest.raises(KeyError, match="bach"):
