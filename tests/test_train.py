@@ -27,9 +27,10 @@ class Command:
             "PYTHONWARNINGS": "error",
         }  # fmt: skip
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        environment = self._environment | (environment or {})
         return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=self._environment, text=True, stdout=subprocess.PIPE,
+            [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -130,6 +131,38 @@ def test_sigterm_ctrl_c_and_a_damaged_checkpoint(command: Command, finished: Pat
     assert f"Checkpoint {step} cannot be read (params/" in done.stdout
     assert f"Resuming {tmp_path} at step {step // 6 * 6 if step % 6 else step - 6} of {STEPS}." in done.stdout
     assert_same_run(tmp_path, finished)
+
+
+@pytest.mark.long
+def test_two_processes_compute_what_one_does_and_stop_together(
+    command: Command, finished: Path, tmp_path: Path
+) -> None:
+    """As SLURM would start them, on the loopback device; SIGTERM comes to one of them only."""
+    mesh = ["--distributed=on", "--config.mesh.data=2", "--config.mesh.tensor=2", "--config.mesh.fsdp=2"]
+
+    def start() -> list[subprocess.Popen[str]]:
+        job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+        place = lambda index: {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "JAX_NUM_CPU_DEVICES": "4"}
+        return [command.start(*train(tmp_path, *mesh), environment=job | place(index)) for index in range(2)]
+
+    processes = start()
+    strike(processes[1], tmp_path, 20, signal.SIGTERM)
+    stopped = [process.communicate()[0].splitlines()[-2] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert stopped[0] == stopped[1] and stopped[0].startswith("Stopped and saved at step ")
+    processes = start()
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert f"Resuming {tmp_path}" in said[0] and "Resuming" not in said[1]
+    expected, found = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished, tmp_path)
+    )
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    # Rounding differs from the first step on, and training magnifies it.
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in {"loss", "eval/loss"} & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if ours["step"] == 1 else 5e-3)
 
 
 def test_a_finished_run_can_be_evaluated(command: Command, finished: Path) -> None:
