@@ -26,7 +26,7 @@ from gla_jax.training.profiling import ProfileWindow
 from gla_jax.training.state import Params, TrainState, abstract_state, init_state
 from gla_jax.training.step import Metrics, make_eval_step, make_train_step
 from gla_jax.training.throughput import Throughput
-from gla_jax.training.workdir import Workdir
+from gla_jax.training.workdir import Workdir, read_config
 
 
 class NonFiniteError(FloatingPointError):
@@ -80,8 +80,7 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
         display.say(_introduction(config, data, mesh, abstract_params))
         state, params = _restore_run(config, folder, abstract, data, display), None
         if state is None and config.init_from is not None:
-            params, step = restore_params(Path(config.init_from) / "checkpoints", abstract_params, display.say)
-            display.say(f"Starting with the parameters of {config.init_from} at step {step}.")
+            params = _restore_other(config.init_from, config, abstract_params, display)
         folder.write_config(config)  # whatever may be wrong has been found by now
         if state is None:
             state = init_state(config, optimizer, params)
@@ -239,6 +238,21 @@ def _restore_run(
         + (" There is nothing left to do; raise steps to train on." if step == config.steps else "")
     )
     return state
+
+
+def _restore_other(workdir: str, config: Config, abstract_params: Params, display: Display) -> Params:
+    """Return the newest parameters of another run, whose model must be the same in shape."""
+    folder = Path(workdir)
+    shapes = lambda params: {row.path: row.shape for row in parameter_table(params)}
+    ours, theirs = shapes(abstract_params), shapes(abstract_model(read_config(folder).model, config.dtype)[1])
+    for name in ours | theirs:
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"init_from={workdir} has another model: {name} is {theirs.get(name)} there, {ours.get(name)} here."
+            )
+    params, step = restore_params(folder / "checkpoints", abstract_params, display.say)
+    display.say(f"Starting with the parameters of {workdir} at step {step}.")
+    return params
 
 
 def _introduction(config: Config, data: Data, mesh: Mesh, abstract_params: Params) -> str:

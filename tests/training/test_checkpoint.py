@@ -179,15 +179,6 @@ def test_one_that_was_being_written_is_not_found(tmp_path: Path) -> None:
         assert kept(tmp_path) == ["00000001", "00000002"]
 
 
-def test_shapes_of_another_model_are_refused(tmp_path: Path) -> None:
-    with jax.set_mesh(make_mesh(FSDP_TENSOR)):
-        save(tmp_path, {1: None})
-        abstract = described(make_state(0))
-        wider = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=abstract.params["a"].sharding)
-        with pytest.raises(ConfigError, match="none of which can be read"):
-            restore_params(tmp_path, abstract.params | {"a": wider}, lambda _: None)
-
-
 def test_a_disk_without_room_is_said_so_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

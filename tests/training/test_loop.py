@@ -168,6 +168,23 @@ def test_a_new_run_may_start_with_the_parameters_of_another(
     assert "at step 40 of 40, so init_from is not used." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("source", "overrides", "sentence"),
+    [
+        ("", {"model__intermediate_size": "48"}, "layers/mlp/down/kernel is (2, 32, 16) there, (2, 48, 16) here"),
+        ("", {"model__tie_embeddings": "false"}, "head/kernel is None there, (16, 256) here"),
+        ("checkpoints", {}, "is not the folder of a run"),
+    ],
+)
+def test_parameters_of_another_model_are_refused(
+    source: str, overrides: dict[str, str], sentence: str, finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path, init_from=str(finished / source), **overrides)
+    assert sentence in str(caught.value)
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.fixture
 def compilations() -> Iterator[list[str]]:
     """Every program that is compiled, or taken from the cache, while the test runs."""
