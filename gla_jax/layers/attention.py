@@ -13,6 +13,7 @@ from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
+from pallas_kernels.target import target
 
 State = dict[str, jax.Array]
 
@@ -282,7 +283,7 @@ def _best_implementation(query: jax.Array, has_documents: bool) -> str:
     batch_size, length, _, head_size = query.shape
     mask_bytes = batch_size * length * length * query.dtype.itemsize if has_documents else 0
     serves = (
-        jax.default_backend() == "gpu"
+        target().platform == "gpu"
         and query.dtype in (jnp.bfloat16, jnp.float16)
         and head_size % 8 == 0
         and head_size <= 128

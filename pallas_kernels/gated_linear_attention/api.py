@@ -5,7 +5,7 @@ their own dtypes, `log_decay` None or of rank 4 and not yet broadcast, heads not
 float32, `segment_ids` None or int32, `scale` a Python float.
 
     unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chunk_size, interpret) -> str | None
-        The reason, in one sentence, why it does not serve this call; looks at shapes, dtypes and the backend only.
+        The reason, in one sentence, why it does not serve this call; looks at shapes, dtypes and the target only.
     gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids,
                            *, scale, chunk_size, interpret) -> (out, final_state)
 """
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gated_linear_attention import reference
+from pallas_kernels.target import target
 
 IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
 
@@ -69,8 +70,8 @@ def gated_linear_attention(
         segment_ids: [B, T] int32. The state is reset where the id differs from the token before; the first token
             continues from `initial_state`.
         chunk_size: tokens a chunk; None takes the tuned size.
-        implementation: one of `IMPLEMENTATIONS`, or several to try in order; None takes the best for the backend and
-            the shapes.
+        implementation: one of `IMPLEMENTATIONS`, or several to try in order; None takes the best for the shapes and
+            the devices: those of the current mesh, or else the default one.
         interpret: run Pallas kernels in their interpreter, on any backend.
 
     Returns:
@@ -185,7 +186,7 @@ def gated_linear_attention_step(
 def _names(implementation):
     """Return the implementations to try, in order."""
     if implementation is None:
-        return _BEST_FIRST.get(jax.default_backend(), _BEST_FIRST_ELSEWHERE)
+        return _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:

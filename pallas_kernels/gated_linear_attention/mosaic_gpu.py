@@ -13,6 +13,7 @@ from pallas_kernels.gated_linear_attention.block_sizes import gpu_value_tile
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward import backward_inputs, backward_state, backward_sweep
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
+from pallas_kernels.target import target
 
 _MOST_CHUNKS = 65_535  # a grid's second and third axis
 
@@ -34,9 +35,10 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
     if query.shape[1] > _MOST_CHUNKS * CHUNK:
         return f"a row has {query.shape[1]} tokens; a grid has room for {_MOST_CHUNKS * CHUNK}."
     if not interpret:
-        if jax.default_backend() != "gpu":
-            return f"the backend is {jax.default_backend()}; the kernels need a Hopper GPU."
-        device = jax.devices()[0]
+        platform, kind = target()
+        if platform != "gpu":
+            return f"it would run on {kind}; the kernels need a Hopper GPU."
+        device = jax.devices("gpu")[0]
         if getattr(device, "compute_capability", None) != "9.0":
             return f"the GPU is {device.device_kind}; the kernels need a Hopper GPU (compute capability 9.0)."
     return None

@@ -18,6 +18,7 @@ from pallas_kernels.gated_linear_attention.block_sizes import tpu_block_sizes
 from pallas_kernels.gated_linear_attention.mosaic_tpu_backward import backward
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import Sizes
 from pallas_kernels.gated_linear_attention.mosaic_tpu_forward import forward
+from pallas_kernels.target import target
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def unsupported(
     Returns:
         The reason, or None.
     """
-    platform, kind = _device()
+    platform, kind = target()
     if not interpret and platform != "tpu":
-        return f"it needs a TPU, and the backend is {platform} ({kind}); use 'chunked', or interpret=True to try it."
+        return f"it would run on {kind}, and needs a TPU; use 'chunked', or interpret=True to try it."
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} is {x.dtype}; it must be bfloat16 or float32."
@@ -146,15 +147,6 @@ def gated_linear_attention(
     return out, final[:, :heads, :key_dim, :value_dim]
 
 
-def _device() -> tuple[str, str]:
-    """Return the platform and the kind of the devices that the program being traced is for."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        return described.platform, described.device_kind
-    device = jax.devices()[0]
-    return device.platform, device.device_kind
-
-
 def _padded_dim(dim: int) -> int:
     return -(-dim // 64) * 64
 
@@ -172,7 +164,7 @@ def _sizes(
     """Choose what to compile for a call."""
     key_dim, value_dim = _padded_dim(query.shape[-1]), _padded_dim(value.shape[-1])
     narrow = query.dtype == value.dtype == jnp.bfloat16
-    tuned = tpu_block_sizes(_device()[1], key_dim, value_dim)
+    tuned = tpu_block_sizes(target().kind, key_dim, value_dim)
     chunk = chunk_size or tuned.chunk
     if not narrow:
         tuned = tuned.halved()

@@ -10,6 +10,8 @@ as a second associative scan from the end.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.target import target
+
 
 def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
     """Return None: plain JAX serves every call."""
@@ -38,7 +40,7 @@ def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size,
 
 def _tuned_chunk_size():
     """Return what was fast for its memory: on a CPU at x [1, 1024, 256], on an H100 at [8, 2048, 2048], N = 16."""
-    return 32 if jax.default_backend() == "cpu" else 64
+    return 32 if target().platform == "cpu" else 64
 
 
 @jax.custom_vjp

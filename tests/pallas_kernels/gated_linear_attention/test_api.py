@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import gated_linear_attention, gated_linear_attention_step
 from pallas_kernels.gated_linear_attention import IMPLEMENTATIONS, api, gated_linear_attention_support
+from pallas_kernels.target import Target
 
 B, T, H, H_KV, K, V = 2, 5, 4, 2, 3, 6
 
@@ -200,7 +201,7 @@ def test_a_sequence_that_fails_lists_every_reason(fake):
 def test_the_default_is_the_best_that_serves_and_says_once_what_it_passed_over(
     fake, monkeypatch, caplog, backend, kernel
 ):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(api, "target", lambda: Target(backend, "some kind"))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             gated_linear_attention(**arguments())

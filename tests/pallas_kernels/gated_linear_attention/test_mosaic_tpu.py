@@ -81,7 +81,7 @@ def test_exports_for_tpu(key_dim, value_dim):
             "a state of K * V = 524288 values is too large for VMEM; 262144 is the most.",
         ),
         ({"chunk_size": 48}, "chunk_size is 48; it must be None or one of 64, 128, 256."),
-        ({"interpret": False}, "it needs a TPU, and the backend is cpu"),
+        ({"interpret": False}, "it would run on cpu, and needs a TPU"),
         ({}, None),
     ],
 )

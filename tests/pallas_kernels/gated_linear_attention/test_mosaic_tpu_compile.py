@@ -18,8 +18,9 @@ from pallas_kernels.gated_linear_attention import mosaic_tpu, mosaic_tpu_step
 
 topology, key_dim, value_dim, dtype, kernel = json.loads(sys.argv[1])
 device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-sharding = jax.sharding.SingleDeviceSharding(device)
-mosaic_tpu._device = lambda: ("tpu", device.device_kind)
+mesh = jax.sharding.Mesh([device], "device")
+jax.set_mesh(mesh)  # which tells the kernels what they are compiled for
+sharding = jax.sharding.NamedSharding(mesh, jax.P())
 shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 keys, values = shape(1, 1024, 4, key_dim), shape(1, 1024, 4, value_dim)
 state = shape(1, 4, key_dim, value_dim, dtype="float32")
