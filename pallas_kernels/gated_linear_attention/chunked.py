@@ -18,6 +18,7 @@ The backward pass keeps the inputs and the state before every chunk, and recompu
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
 def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
     """Compute the op chunk by chunk; see `api.py` for the arguments. `interpret` does not matter here."""
     time, heads = query.shape[1:3]
-    size = min(chunk_size or _tuned_chunk_size(), 1 << (time - 1).bit_length())
+    cut = _cut_of(query.shape, chunk_size)
     state = initial_state
     if state is None:
         outer = jnp.einsum("bhk,bhv->bhkv", query[:, 0], _per_head(value, heads)[:, 0])
@@ -46,116 +47,149 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (log_decay.shape[0], time, *log_decay.shape[2:]))
     # Padding with zeros leaves the state as it is: a key of 0 and a log_decay of 0.
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -time % size)) + ((0, 0),) * (x.ndim - 2)) if time % size else x
+    padding = -time % cut.span
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)) if padding else x
     arrays = jax.tree.map(pad, (query, key, value, log_decay, starts))
-    out, state = _chunked(*arrays, state, scale, size)
+    out, state = _chunked(*arrays, state, scale, cut)
     return out[:, :time], state
 
 
-def _tuned_chunk_size():
-    return 32 if jax.default_backend() == "cpu" else 64
+class Cut(NamedTuple):
+    """How a row is cut: a scan walks over its spans, each of some chunks that are computed side by side."""
+
+    chunks: int  # of a span
+    chunk: int  # tokens of a chunk
+
+    @property
+    def span(self):
+        """Return the tokens of a span."""
+        return self.chunks * self.chunk
+
+
+def _cut_of(shape, chunk_size):
+    """Choose the cut for a query of this shape: spans with work enough for the machine, and little padding."""
+    batch, time, heads, _ = shape
+    on_cpu = jax.default_backend() == "cpu"
+    chunk = min(chunk_size or (32 if on_cpu else 64), 1 << (time - 1).bit_length())
+    chunks = -(-time // chunk)
+    at_once = max(1, (2**11 if on_cpu else 2**14) // (batch * heads * chunk))
+    spans = -(-chunks // at_once)
+    return Cut(-(-chunks // spans), chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _chunked(q, k, v, g, starts, state, scale, size):
-    """Scan over the chunks. q, k, v, g: [B, T, heads, dim]; starts: [B, T] bool; state: [B, H, K, V]."""
-    result, _ = _scan_chunks((q, k, v, g, starts), state, scale, size, keep_states=False)
+def _chunked(q, k, v, g, starts, state, scale, cut):
+    """Scan over the spans. q, k, v, g: [B, T, heads, dim]; starts: [B, T] bool; state: [B, H, K, V]."""
+    result, _ = _scan_spans((q, k, v, g, starts), state, scale, cut, keep_states=False)
     return result
 
 
-def _chunked_forward(q, k, v, g, starts, state, scale, size):
-    result, states = _scan_chunks((q, k, v, g, starts), state, scale, size, keep_states=True)
+def _chunked_forward(q, k, v, g, starts, state, scale, cut):
+    result, states = _scan_spans((q, k, v, g, starts), state, scale, cut, keep_states=True)
     return result, (q, k, v, g, starts, states)
 
 
-def _scan_chunks(arrays, state, scale, size, *, keep_states):
-    """Return (out, final state) and, where they are kept, the states before every chunk, [N, B, H, K, V]."""
+def _scan_spans(arrays, state, scale, cut, *, keep_states):
+    """Return (out, final state) and, where they are kept, the states before every chunk, [spans, N, B, H, K, V]."""
     q, _, v, _, _ = arrays
 
     def body(carry, n):
         out, state = carry
-        chunk_out, next_state = _chunk(_cut(arrays, n, size), state, scale)
-        return (_put(out, chunk_out, n), next_state), state if keep_states else None
+        span_out, state, states = _span(_take(arrays, n, cut), state, scale)
+        return (_put(out, span_out, n), state), states if keep_states else None
 
     out = jnp.zeros_like(_per_head(v, q.shape[2]))
-    return jax.lax.scan(body, (out, state), jnp.arange(q.shape[1] // size))
+    return jax.lax.scan(body, (out, state), jnp.arange(q.shape[1] // cut.span))
 
 
-def _chunked_backward(scale, size, residuals, cotangents):
+def _chunked_backward(scale, cut, residuals, cotangents):
     *arrays, states = residuals
     d_out, d_state = cotangents
-    differentiable = arrays[:4]
 
-    def body(carry, chunk):
+    def body(carry, span):
         gradients, d_state = carry
-        n, state = chunk
-        d_chunk, d_state = _chunk_gradient(_cut(arrays, n, size), state, _cut(d_out, n, size), d_state, scale)
-        return (jax.tree.map(functools.partial(_put, n=n), gradients, d_chunk), d_state), None
+        n, states = span
+        here = _take(arrays, n, cut)
+        d_span, d_state = _span_gradient(here, states, _take(d_out, n, cut), d_state, scale)
+        return (jax.tree.map(functools.partial(_put, n=n), gradients, d_span), d_state), None
 
-    gradients = jax.tree.map(jnp.zeros_like, differentiable)
-    chunks = (jnp.arange(states.shape[0]), states)
-    (gradients, d_state), _ = jax.lax.scan(body, (gradients, d_state), chunks, reverse=True)
+    gradients = jax.tree.map(jnp.zeros_like, arrays[:4])
+    spans = (jnp.arange(states.shape[0]), states)
+    (gradients, d_state), _ = jax.lax.scan(body, (gradients, d_state), spans, reverse=True)
     return *gradients, None, d_state
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _cut(arrays, n, size):
-    """Return chunk n of arrays [B, T, ...]."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, n * size, size, axis=1), arrays)
+def _take(arrays, n, cut):
+    """Return span n of arrays [B, T, ...] as [N, B, C, ...]."""
+
+    def take(x):
+        x = jax.lax.dynamic_slice_in_dim(x, n * cut.span, cut.span, axis=1)
+        return jnp.moveaxis(x.reshape(x.shape[0], cut.chunks, cut.chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(take, arrays)
 
 
-def _put(whole, chunk, n):
-    """Write chunk n into [B, T, ...]."""
-    return jax.lax.dynamic_update_slice_in_dim(whole, chunk.astype(whole.dtype), n * chunk.shape[1], axis=1)
+def _put(whole, span, n):
+    """Write span n, [N, B, C, ...], into [B, T, ...]."""
+    span = jnp.moveaxis(span, 0, 1).reshape(span.shape[1], -1, *span.shape[3:])
+    return jax.lax.dynamic_update_slice_in_dim(whole, span.astype(whole.dtype), n * span.shape[1], axis=1)
 
 
-def _chunk(arrays, state, scale):
-    """Return (out [B, C, H, V], next state) of one chunk."""
+def _span(arrays, state, scale):
+    """Return (out [N, B, C, H, V], the state after the span, the states before its chunks [N, B, H, K, V])."""
     q, k, v, g, starts = arrays
     dot = _dot_for(q, k, v)
     q, k, v, g = _load(q, k, v, g, starts, scale)
     scores, q_in, k_out, _ = _attend(q, k, jnp.exp(g), dot)
-    out = dot("...ik,...kv->...iv", q_in, state) + dot("...ij,...jv->...iv", scores, v)
-    return jnp.swapaxes(out, 1, 2), _chunk_decay(g) * state + dot("...ck,...cv->...kv", k_out, v)
+    state, states = _walk(state, _chunk_decay(g), dot("...ck,...cv->...kv", k_out, v))
+    out = dot("...ik,...kv->...iv", q_in, states) + dot("...ij,...jv->...iv", scores, v)
+    return jnp.swapaxes(out, 2, 3), state, states
 
 
-def _chunk_gradient(arrays, state, d_out, d_next, scale):
-    """Return the gradients of q, k, v, g and of the state before the chunk, given those of its two results."""
+def _walk(state, decays, additions, reverse=False):
+    """Let `state = decay * state + addition` along the first axis; return the last state and those before each step."""
+    step = lambda state, change: (change[0] * state + change[1], state)
+    return jax.lax.scan(step, state, (decays, additions), reverse=reverse)
+
+
+def _span_gradient(arrays, states, d_out, d_state, scale):
+    """Return the gradients of q, k, v, g and of the state before the span, given those of out and the last state."""
     q, k, v, g, starts = arrays
-    shapes = [None if x is None else jnp.swapaxes(x, 1, 2).shape for x in (q, k, v, g)]
+    shapes = [None if x is None else jnp.swapaxes(x, 2, 3).shape for x in (q, k, v, g)]
     dot = _dot_for(q, k, v)
     q, k, v, g = _load(q, k, v, g, starts, scale)
-    d_out = jnp.swapaxes(d_out, 1, 2).astype(FLOAT32)
-    a, decay = jnp.exp(g), _chunk_decay(g)
+    d_out = jnp.swapaxes(d_out, 2, 3).astype(FLOAT32)
+    a, decays = jnp.exp(g), _chunk_decay(g)
     scores, q_in, k_out, merges = _attend(q, k, a, dot)
+    d_state, d_next = _walk(d_state, decays, dot("...ik,...iv->...kv", q_in, d_out), reverse=True)
     d_scores = dot("...iv,...jv->...ij", d_out, v)
     d_v = dot("...ij,...iv->...jv", scores, d_out) + dot("...ck,...kv->...cv", k_out, d_next)
-    d_q_in = dot("...iv,...kv->...ik", d_out, state)
+    d_q_in = dot("...iv,...kv->...ik", d_out, states)
     d_k_out = dot("...cv,...kv->...ck", v, d_next)
-    decayed = decay * d_next
-    d_decay = jnp.sum(decayed * state, axis=-1)[..., None, :]
+    d_decay = jnp.sum(decays * d_next * states, axis=-1)[..., None, :]
     d_q, d_k, d_g = _attend_gradient(q, k, a, merges, d_scores, d_q_in, d_k_out, d_decay, dot)
     gradients = [
-        None if shape is None else jnp.swapaxes(_sum_to(x, shape), 1, 2)
+        None if shape is None else jnp.swapaxes(_sum_to(x, shape), 2, 3)
         for x, shape in zip((scale * d_q, d_k, d_v, d_g), shapes, strict=True)
     ]
-    return gradients, decayed + dot("...ik,...iv->...kv", q_in, d_out)
+    return gradients, d_state
 
 
 def _attend(q, k, a, dot):
-    """Attend within a chunk.
+    """Attend within each chunk.
 
     Args:
-        q, k: [B, H, C, K].
+        q, k: [N, B, H, C, K].
         a: the gates, broadcastable to that.
         dot: the einsum for matrix products.
 
     Returns:
-        scores: [B, H, C, C], A above.
-        q_in: [B, H, C, K], q decayed from the chunk's start, its own gate included.
-        k_out: [B, H, C, K], k decayed to the chunk's end, its own gate excluded.
+        scores: [N, B, H, C, C], A above.
+        q_in: [N, B, H, C, K], q decayed from the chunk's start, its own gate included.
+        k_out: [N, B, H, C, K], k decayed to the chunk's end, its own gate excluded.
         seen: what `_attend_gradient` wants to see again.
     """
     if a.shape[-1] == q.shape[-1]:
@@ -179,7 +213,7 @@ def _attend_gradient(q, k, a, seen, d_scores, d_q_in, d_k_out, d_decay, dot):
     d_k = dot("...ij,...ik->...jk", d_products, q) + d_k_out * to_end
     d_decays = _sum_to(d_scores * products, decays.shape)
     d_from_start, d_to_end = _sum_to(d_q_in * q, a.shape), _sum_to(d_k_out * k, a.shape)
-    d_decay = _sum_to(d_decay, (*a.shape[:2], 1, 1))
+    d_decay = _sum_to(d_decay, (*a.shape[:3], 1, 1))
     ones = jnp.ones_like(a)
     _, _, d_g = _merge_gradient(ones, ones, a, merges, d_decays, d_from_start, d_to_end, d_decay, _dot_for(a))
     return d_q, d_k, d_g
@@ -243,34 +277,33 @@ def _unpaired(even, odd):
 
 
 def _load(q, k, v, g, starts, scale):
-    """Return a chunk of the arguments as float32 [B, H, C, dim], q scaled, g -inf where a segment starts."""
-    heads = q.shape[2]
-    by_head = lambda x: jnp.swapaxes(x, 1, 2).astype(FLOAT32)
+    """Return a span of the arguments as float32 [N, B, H, C, dim], q scaled, g -inf where a segment starts."""
+    heads = q.shape[3]
+    by_head = lambda x: jnp.swapaxes(x, 2, 3).astype(FLOAT32)
     if g is None:
-        g = jnp.zeros((1, 1, q.shape[1], 1), FLOAT32)
+        g = jnp.zeros((q.shape[0], 1, 1, q.shape[2], 1), FLOAT32)
     else:
-        g = by_head(g if g.shape[2] == 1 else _per_head(g, heads))
+        g = by_head(g if g.shape[3] == 1 else _per_head(g, heads))
     if starts is not None:
-        g = jnp.where(starts[:, None, :, None], -jnp.inf, g)
+        g = jnp.where(starts[:, :, None, :, None], -jnp.inf, g)
     return scale * by_head(q), by_head(_per_head(k, heads)), by_head(_per_head(v, heads)), g
 
 
 def _per_head(x, heads):
-    """Repeat the key heads of [B, T, H_kv, dim] for their query heads."""
-    batch, time, kv_heads, dim = x.shape
-    return jnp.broadcast_to(x[:, :, :, None], (batch, time, kv_heads, heads // kv_heads, dim)).reshape(
-        batch, time, heads, dim
-    )
+    """Repeat the key heads of [..., H_kv, dim] for their query heads."""
+    *rest, kv_heads, dim = x.shape
+    repeated = jnp.broadcast_to(x[..., None, :], (*rest, kv_heads, heads // kv_heads, dim))
+    return repeated.reshape(*rest, heads, dim)
 
 
 def _sum_to(x, shape):
-    """Sum [B, H, C, dim] over what was broadcast, or repeated for query heads, from `shape`."""
-    x = x.reshape(x.shape[0], shape[1], -1, *x.shape[2:]).sum(axis=2)
-    return x.sum(axis=tuple(axis for axis in range(4) if shape[axis] == 1), keepdims=True)
+    """Sum [N, B, H, C, dim] over what was broadcast, or repeated for query heads, from `shape`."""
+    x = x.reshape(*x.shape[:2], shape[2], -1, *x.shape[3:]).sum(axis=3)
+    return x.sum(axis=tuple(axis for axis, size in enumerate(shape) if size == 1), keepdims=True)
 
 
 def _chunk_decay(g):
-    """Return the decay of a whole chunk, [B, H, K, 1]: a sum of logarithms, as its rounding adds up over the chunks."""
+    """Return the decay of each chunk, [N, B, H, K, 1]: a sum of logarithms, as its rounding adds up over the chunks."""
     return jnp.exp(jnp.sum(g, axis=-2))[..., None]
 
 
