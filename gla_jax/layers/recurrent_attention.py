@@ -46,6 +46,8 @@ class RecurrentAttentionOptions:
     conv_size: int = 4
     conv_bias: bool = False
     use_output_gate: bool = True
+    output_gate_bias: bool = False
+    """Add a bias to the output gate, as the paper's own code does."""
     gate_fn: str = "swish"
     """Function of the output gate."""
     elementwise_affine: bool = True
@@ -110,7 +112,9 @@ class RecurrentAttention(nnx.Module):
         self._make_forget_gate(hidden_size, weights)
         self.output_gate = nnx.data(None)
         if options.use_output_gate:
-            self.output_gate = weights(hidden_size, num_heads * self.value_size, ("embed", "heads"))
+            self.output_gate = weights(
+                hidden_size, num_heads * self.value_size, ("embed", "heads"), use_bias=options.output_gate_bias
+            )
         self.output = weights(num_heads * self.value_size, hidden_size, ("heads", "embed"))
         self.output_norm = RMSNorm(
             self.value_size,
