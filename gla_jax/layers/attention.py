@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from gla_jax.config import ConfigError
 from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.rotary import continue_positions, rotate
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
+from gla_jax.parallel import sequence
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
 from pallas_kernels.target import target
 
 State = dict[str, jax.Array]
@@ -120,13 +122,11 @@ class Attention(nnx.Module):
         wide = out_sharding("batch", "time", "heads")
         heads = lambda projected: projected.reshape(*x.shape[:2], -1, self.head_size)
         query, key, value = (heads(layer(x, out_sharding=wide)) for layer in (self.query, self.key, self.value))
-        # Every token looks back along its whole row, so each device needs whole rows.
-        rows, row, states = ("batch", None, "heads", None), ("batch", None), self._state_axes()
+        rows, row, states = ("batch", "time", "heads", None), ("batch", "time"), self._state_axes()
         past = (None,) * len(states) if state is None else tuple(state[name] for name in states)
         axes = (rows, rows, rows, row, row, *states.values())
         out, state = per_shard(self._attend, axes, (rows, states))(query, key, value, segment_ids, positions, *past)
-        out = shard(out, "batch", "time", "heads", None).reshape(*x.shape[:2], -1)
-        return self.output(out, out_sharding=out_sharding("batch", "time", "hidden")), state
+        return self.output(out.reshape(*x.shape[:2], -1), out_sharding=out_sharding("batch", "time", "hidden")), state
 
     def _attend(
         self,
@@ -137,19 +137,24 @@ class Attention(nnx.Module):
         positions: jax.Array | None,
         *past: jax.Array | None,
     ) -> tuple[jax.Array, State]:
-        """Attend within one device's rows and heads; `past` are the arrays of the state, or Nones."""
-        batch_size, length = query.shape[:2]
+        """Attend within one device's rows and heads; `past` are the arrays of the state, or Nones.
+
+        Where rows are cut along time, each device attends from its own tokens to whole rows of keys and values.
+        """
         given = {name: array for name, array in zip(self._state_axes(), past, strict=True) if array is not None}
         state = given or None
         positions, next_position = continue_positions(query, positions, None if state is None else state["position"])
         query = rotate(query, positions, self.options.rotary_base)
-        key = rotate(key, positions, self.options.rotary_base)
+        key = sequence.gather_parts(rotate(key, positions, self.options.rotary_base))
+        value = sequence.gather_parts(value)
+        batch_size, length = value.shape[:2]
 
         # Tokens are numbered from 1 in the order of their coming; documents from 0, which is that of the state.
         before = jnp.zeros(batch_size, jnp.int32) if state is None else state["length"]
         order = before[:, None] + jnp.arange(1, length + 1, dtype=jnp.int32)
         document = jnp.zeros_like(order)
         if segment_ids is not None:
+            segment_ids = sequence.gather_parts(segment_ids)
             borders = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1, dtype=jnp.int32)
             document = jnp.pad(borders, ((0, 0), (1, 0)))
         cache = self._empty_cache(batch_size, key) if state is None else state
@@ -158,15 +163,15 @@ class Attention(nnx.Module):
 
         if state is None:
             return self._attend_to_self(query, key, value, order, document, segment_ids is not None), new_state
-        seen = {"key": key, "value": value, "order": order}
+        new = {"key": key, "value": value, "order": order}
         if length == 1:  # the cache has room for the token and all that it sees
             keys, key_document = remembered, jnp.zeros_like(remembered["order"])
         else:
-            keys = {name: jnp.concatenate([cache[name], new], axis=1) for name, new in seen.items()}
+            keys = {name: jnp.concatenate([cache[name], x], axis=1) for name, x in new.items()}
             key_document = jnp.concatenate([jnp.zeros_like(cache["order"]), document], axis=1)
-        out = _attend_xla(
-            query, keys["key"], keys["value"], order, document, keys["order"], key_document, self.options.window
-        )
+        order, document = sequence.own_part(order), sequence.own_part(document)
+        seen = _Seen(order, document, keys["order"], key_document, self.options.window)
+        out = _attend_xla(query, keys["key"], keys["value"], seen)
         if self.options.window is None:
             overflowed = order > self._room
             out = jnp.where(overflowed[:, :, None, None], jnp.nan, out)
@@ -182,18 +187,19 @@ class Attention(nnx.Module):
         has_documents: bool,
     ) -> jax.Array:
         """Attend to the tokens of this call alone."""
-        implementation = self.options.implementation or _best_implementation(query, has_documents)
+        is_whole = query.shape[1] == key.shape[1]
+        needs_mask = has_documents or not is_whole
         window = self.options.window
-        if implementation == "xla":
-            return _attend_xla(query, key, value, order, document, order, document, window)
-        mask = document[:, None, :, None] == document[:, None, None, :] if has_documents else None
+        seen = _Seen(sequence.own_part(order), sequence.own_part(document), order, document, window)
+        if (self.options.implementation or _best_implementation(query, key, needs_mask)) == "xla":
+            return _attend_xla(query, key, value, seen)
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=mask,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
+            mask=seen.mask() if needs_mask else None,
+            is_causal=is_whole,
+            local_window_size=(window - 1, 0) if is_whole and window is not None else None,
             implementation="cudnn",
         )
 
@@ -278,10 +284,10 @@ class Attention(nnx.Module):
             raise ConfigError(f"{section}.rotary_base={options.rotary_base} must be above 0.")
 
 
-def _best_implementation(query: jax.Array, has_documents: bool) -> str:
+def _best_implementation(query: jax.Array, key: jax.Array, needs_mask: bool) -> str:
     """Return "cudnn" where cuDNN's flash attention serves: on a GPU, in half precision, at sizes that it knows."""
     batch_size, length, _, head_size = query.shape
-    mask_bytes = batch_size * length * length * query.dtype.itemsize if has_documents else 0
+    mask_bytes = batch_size * length * key.shape[1] * query.dtype.itemsize if needs_mask else 0
     serves = (
         target().platform == "gpu"
         and query.dtype in (jnp.bfloat16, jnp.float16)
@@ -293,43 +299,41 @@ def _best_implementation(query: jax.Array, has_documents: bool) -> str:
     return "cudnn" if serves else "xla"
 
 
-def _attend_xla(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_order: jax.Array,
-    query_document: jax.Array,
-    key_order: jax.Array,
-    key_document: jax.Array,
-    window: int | None,
-) -> jax.Array:
-    """Attend to keys that come no later, in the same document and the window, some hundred queries at a time.
+class _Seen(NamedTuple):
+    """Which keys a query sees: those that come no later, of the same document, in the window."""
 
-    Args:
-        query: [B, T, H, K].
-        key, value: [B, S, H_kv, K].
-        query_order, query_document: [B, T] int32.
-        key_order, key_document: [B, S] int32; an order of 0 marks a key that is none.
-        window: see `AttentionOptions`.
-    """
+    order: jax.Array
+    """[B, T] int32, of the queries."""
+    document: jax.Array
+    key_order: jax.Array
+    """[B, S] int32; 0 marks a key that is none."""
+    key_document: jax.Array
+    window: int | None
+
+    def mask(self) -> jax.Array:
+        """Return [B, 1, T, S] bool."""
+        order, document = self.order[:, None, :, None], self.document[:, None, :, None]
+        key_order = self.key_order[:, None, None, :]
+        seen = (key_order > 0) & (key_order <= order) & (self.key_document[:, None, None, :] == document)
+        return seen if self.window is None else seen & (key_order > order - self.window)
+
+
+def _attend_xla(query: jax.Array, key: jax.Array, value: jax.Array, seen: _Seen) -> jax.Array:
+    """Attend from [B, T, H, K] to [B, S, H_kv, K], some hundred queries at a time."""
 
     def attend(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         query, order, document = part
-        order, document = order[:, None, :, None], document[:, None, :, None]
-        key_at = key_order[:, None, None, :]
-        seen = (key_at > 0) & (key_at <= order) & (key_document[:, None, None, :] == document)
-        if window is not None:
-            seen &= key_at > order - window
-        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation="xla")
+        mask = seen._replace(order=order, document=document).mask()
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
 
     length = query.shape[1]
     if length <= 2 * _QUERIES_AT_A_TIME:
-        return attend((query, query_order, query_document))
+        return attend((query, seen.order, seen.document))
 
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ..] to [parts, B, queries, ..]
         x = jnp.pad(x, ((0, 0), (0, -length % _QUERIES_AT_A_TIME)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(len(x), -1, _QUERIES_AT_A_TIME, *x.shape[2:]), 1, 0)
 
     # The backward pass makes the scores of each part again instead of keeping those of all.
-    out = jax.lax.map(jax.checkpoint(attend), (cut(query), cut(query_order), cut(query_document)))
+    out = jax.lax.map(jax.checkpoint(attend), (cut(query), cut(seen.order), cut(seen.document)))
     return jnp.moveaxis(out, 0, 1).reshape(len(query), -1, *query.shape[2:])[:, :length]

@@ -14,8 +14,9 @@ from gla_jax.config import ConfigError
 from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.short_convolution import ShortConvolution
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
-from pallas_kernels.selective_scan import IMPLEMENTATIONS, selective_scan, selective_scan_step
+from gla_jax.parallel import sequence
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
+from pallas_kernels.selective_scan import IMPLEMENTATIONS, selective_scan_step
 
 State = dict[str, jax.Array]
 
@@ -146,7 +147,7 @@ class Mamba(nnx.Module):
         low_rank, B, C = jnp.split(selection, [self.rank, self.rank + self.options.state_size], axis=-1)
         delta = self.step_size(low_rank, out_sharding=wide)
         out, recurrent = self._scan(u, delta, B, C, past.get("recurrent"), segment_ids)
-        out = shard(out, "batch", "time", "heads") * jax.nn.silu(self.gate(x, out_sharding=wide))
+        out = out * jax.nn.silu(self.gate(x, out_sharding=wide))
         y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))
         return y, {"convolution": convolution, "recurrent": recurrent}
 
@@ -167,7 +168,7 @@ class Mamba(nnx.Module):
             if u.shape[1] == 1 and state is not None:  # a single token always continues from the state
                 y, state = selective_scan_step(u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state)
                 return y[:, None], state
-            return selective_scan(
+            return sequence.selective_scan(
                 u,
                 delta,
                 A,
@@ -180,8 +181,7 @@ class Mamba(nnx.Module):
                 implementation=self.options.implementation,
             )
 
-        # The recurrence runs along time, so each device needs whole rows.
-        rows, row, all_channels = ("batch", None, "heads"), ("batch", None), ("batch", None, None)
+        rows, row, all_channels = ("batch", "time", "heads"), ("batch", "time"), ("batch", "time", None)
         channels, states = ("heads",), ("batch", "heads", None)
         axes = (rows, rows, channels, ("heads", None), all_channels, all_channels, channels, states, row)
         return per_shard(scan, axes, (rows, states))(

@@ -19,12 +19,9 @@ from gla_jax.layers.norm import RMSNorm
 from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.layers.short_convolution import ShortConvolution
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, shard, zeros
-from pallas_kernels.gated_linear_attention import (
-    IMPLEMENTATIONS,
-    gated_linear_attention,
-    gated_linear_attention_step,
-)
+from gla_jax.parallel import sequence
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
+from pallas_kernels.gated_linear_attention import IMPLEMENTATIONS, gated_linear_attention_step
 
 State = dict[str, Any]
 
@@ -197,7 +194,7 @@ class RecurrentAttention(nnx.Module):
         out, state = self._recur(query, key, value, self._forget_gate(x), state, segment_ids, positions)
 
         gate = None if self.output_gate is None else self.output_gate(x, out_sharding=wide)
-        out = recomputed(self._gated_norm)(shard(out, "batch", "time", "heads", None), gate)
+        out = recomputed(self._gated_norm)(out, gate)
         y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))
         return y, state | ({"convolutions": convolutions} if convolutions else {})
 
@@ -229,7 +226,7 @@ class RecurrentAttention(nnx.Module):
                 gate = None if log_decay is None else log_decay[:, 0]
                 out, state = gated_linear_attention_step(query[:, 0], key[:, 0], value[:, 0], gate, state)
                 return out[:, None], next_state | {"recurrent": state}
-            out, state = gated_linear_attention(
+            out, state = sequence.gated_linear_attention(
                 query,
                 key,
                 value,
@@ -241,8 +238,7 @@ class RecurrentAttention(nnx.Module):
             )
             return out, next_state | {"recurrent": state}
 
-        # The recurrence runs along time, so each device needs whole rows.
-        rows, row = ("batch", None, "heads", None), ("batch", None)
+        rows, row = ("batch", "time", "heads", None), ("batch", "time")
         gates: tuple[str | None, ...] = ()
         if log_decay is not None:  # where a gate is the same for all, it is whole on all devices
             gates = tuple(name if size > 1 else None for name, size in zip(rows, log_decay.shape, strict=True))

@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from gla_jax.parallel.sequence import last_part
+from gla_jax.parallel.sharding import shard_index
+
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Turn each pair of channels (i, i + K/2) of x by the angle position * base^(-2i/K).
@@ -28,10 +31,10 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
 def continue_positions(
     x: jax.Array, positions: jax.Array | None, next_position: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the positions of the tokens of x, and the position after the last of them.
+    """Return the positions of the tokens of x, and the position after the last of the row.
 
     Args:
-        x: [B, T, ...].
+        x: [B, T, ...]; inside `per_shard` this device's part of the rows.
         positions: [B, T] int32, or None to count.
         next_position: [B] int32, where an earlier call ended; None: 0.
 
@@ -40,5 +43,6 @@ def continue_positions(
     """
     if positions is None:
         start = jnp.zeros(x.shape[0], jnp.int32) if next_position is None else next_position
-        positions = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    return positions, positions[:, -1] + 1
+        tokens = shard_index("time") * x.shape[1] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = start[:, None] + tokens
+    return positions, last_part(positions[:, -1] + 1)

@@ -6,7 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from gla_jax.layers.recompute import recomputed
-from gla_jax.parallel.sharding import per_shard, shard, zeros
+from gla_jax.parallel import sequence
+from gla_jax.parallel.sharding import per_shard, zeros
 
 
 class ShortConvolution(nnx.Module):
@@ -53,13 +54,11 @@ class ShortConvolution(nnx.Module):
         Returns:
             The result [B, T, channels] and the state after the last token.
         """
-        rows, channels = ("batch", None, "heads"), ("heads",)  # taps slide along time: a device needs whole rows
-        convolve = per_shard(
-            recomputed(_convolve), (rows, (None, *channels), channels, rows, ("batch", None)), (rows, rows)
-        )
+        rows, states, channels = ("batch", "time", "heads"), ("batch", None, "heads"), ("heads",)
+        axes = (rows, (None, *channels), channels, states, ("batch", "time"))
         bias = None if self.bias is None else self.bias[...]
-        y, state = convolve(x.astype(self.dtype), self.taps[...], bias, state, segment_ids)
-        return shard(y, "batch", "time", "heads"), state
+        convolve = per_shard(_convolve_part, axes, (rows, states))
+        return convolve(x.astype(self.dtype), self.taps[...], bias, state, segment_ids)
 
     def init_state(self, batch_size: int) -> jax.Array:
         """Return the state before the first token."""
@@ -70,24 +69,36 @@ class ShortConvolution(nnx.Module):
         return 2.0 * self.width * self.channels
 
 
-def _convolve(
+def _convolve_part(
     x: jax.Array,
     taps: jax.Array,
     bias: jax.Array | None,
     state: jax.Array | None,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    batch_size, length, channels = x.shape
-    width = len(taps)
-    past = jnp.zeros((batch_size, width - 1, channels), x.dtype) if state is None else state.astype(x.dtype)
+    """Convolve this device's part of the rows; `state` is the one before the whole rows, and so is the new one."""
+    count = len(taps) - 1
+    first = jnp.zeros((len(x), count, x.shape[2]), x.dtype) if state is None else state.astype(x.dtype)
+    past, ids = sequence.tokens_before(x, count, first), None
+    if segment_ids is not None:  # what is in the state belongs to the first token's document, whatever its id
+        first_ids = jnp.broadcast_to(segment_ids[:, :1], (len(x), count))
+        ids = jnp.concatenate([sequence.tokens_before(segment_ids, count, first_ids), segment_ids], axis=1)
+    y, state = recomputed(_convolve)(past, x, taps, bias, ids)
+    return y, sequence.last_part(state)
+
+
+def _convolve(
+    past: jax.Array, x: jax.Array, taps: jax.Array, bias: jax.Array | None, ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Convolve x [B, T, channels], given the `width - 1` tokens before it; return the last `width - 1` as well."""
+    width, length = len(taps), x.shape[1]
     inputs = jnp.concatenate([past, x], axis=1)
     windows = [inputs[:, w : w + length] for w in range(width)]
     state = inputs[:, length:]
-    if segment_ids is not None:
-        # Documents are told apart by the number of borders before them: ids may come back, and what is in the state
-        # belongs to the first token's document whatever its id.
-        borders = jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1)
-        document = jnp.pad(borders, ((0, 0), (width, 0)))  # of every input, past ones included
+    if ids is not None:
+        # Documents are told apart by the number of borders before them: ids may come back.
+        borders = jnp.cumsum(ids[:, 1:] != ids[:, :-1], axis=1)
+        document = jnp.pad(borders, ((0, 0), (1, 0)))
         own = document[:, width - 1 :, None]
         windows = [jnp.where(document[:, w : w + length, None] == own, x, 0) for w, x in enumerate(windows)]
         state = jnp.where(document[:, length:, None] == own[:, -1:], state, 0)

@@ -5,6 +5,7 @@ the mesh. This module alone knows which mesh axis serves which name. Outside a m
 function here is the identity, so the same layer runs anywhere.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,8 +115,8 @@ def sum_shards(x: jax.Array, *names: str, scatter: Mapping[int, str] | None = No
         scatter: {dimension: name} of the dimensions of the result that are to be left sharded.
     """
     scatter = scatter or {}
-    kept = {axis: dimension for dimension, name in scatter.items() for axis in _manual_axes(name)}
-    summed = tuple(axis for axis in _manual_axes(*names) if axis not in kept)
+    kept = {axis: dimension for dimension, name in scatter.items() for axis in manual_axes(name)}
+    summed = tuple(axis for axis in manual_axes(*names) if axis not in kept)
     for axis, dimension in kept.items():
         x = jax.lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(x, summed) if summed else x
@@ -123,16 +124,22 @@ def sum_shards(x: jax.Array, *names: str, scatter: Mapping[int, str] | None = No
 
 def max_shards(x: jax.Array, *names: str) -> jax.Array:
     """Take the largest over devices along these logical axes; to be called inside `per_shard`."""
-    axes = _manual_axes(*names)
+    axes = manual_axes(*names)
     return jax.lax.pmax(x, axes) if axes else x
 
 
 def shard_index(name: str) -> jax.Array | int:
     """Return which part of a logical axis this device holds; to be called inside `per_shard`."""
-    axes = _manual_axes(name)
+    axes = manual_axes(name)
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def _manual_axes(*names: str) -> tuple[str, ...]:
+def shard_count(name: str) -> int:
+    """Return the number of parts that a logical axis is cut into; to be called inside `per_shard`."""
+    return math.prod(jax.lax.axis_size(axis) for axis in manual_axes(name))
+
+
+def manual_axes(*names: str) -> tuple[str, ...]:
+    """Return the axes of the mesh that serve these names, for collectives inside `per_shard`; none outside a mesh."""
     present = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for name in names for axis in RULES[name] if axis in present)
