@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -202,8 +202,12 @@ class LanguageModel(nnx.Module):
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         x = self.embed(input_ids)
         next_state = {}
-        for name, _, _ in self.groups:
-            x, next_state[name] = jax.lax.scan(run, x, (getattr(self, name), None if state is None else state[name]))
+        for name, _, count in self.groups:
+            blocks = getattr(self, name)
+            if state is None or input_ids.shape[1] > 1:
+                x, next_state[name] = jax.lax.scan(run, x, (blocks, None if state is None else state[name]))
+            else:
+                x, next_state[name] = _scan_in_place(run, x, blocks, state[name], count)
         return self.norm(x), next_state
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -240,6 +244,25 @@ class LanguageModel(nnx.Module):
     def parameter_count(self) -> int:
         """The number of parameters; a tied head is counted once."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def _scan_in_place(
+    run: Callable[..., Any], x: jax.Array, blocks: Block, states: Any, count: int
+) -> tuple[jax.Array, Any]:
+    """Do as `lax.scan(run, x, (blocks, states))`, with the states in the carry.
+
+    There the compiler writes each over the one before. A plain scan makes a new stack of states, which a loop over
+    tokens then copies back at every one of them.
+    """
+
+    def run_layer(carry: Any, block_and_layer: tuple[Block, jax.Array]) -> tuple[Any, None]:
+        (x, states), (block, layer) = carry, block_and_layer
+        state = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), states)
+        x, state = run(x, (block, state))
+        put = lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new.astype(stack.dtype), layer, 0)
+        return (x, jax.tree.map(put, states, state)), None
+
+    return jax.lax.scan(run_layer, (x, states), (blocks, jnp.arange(count)))[0]
 
 
 def _stacked_zeros(leaf: jax.ShapeDtypeStruct, count: int) -> jax.Array:
