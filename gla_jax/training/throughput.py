@@ -4,28 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-PEAK_FLOPS = {
-    # Dense bfloat16 products per second of one `jax.Device`, from the vendors' data sheets, by the start of its kind.
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,  # what v5p calls itself
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Return the most bfloat16 FLOPs a second that such a device can do; None if it is not in the table."""
-    kinds = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+from gla_jax.hardware import peak_flops
 
 
 class Throughput:

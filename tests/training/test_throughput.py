@@ -2,7 +2,7 @@
 
 import pytest
 
-from gla_jax.training.throughput import Throughput, peak_flops
+from gla_jax.training.throughput import Throughput
 
 
 class Clock:
@@ -20,24 +20,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("gla_jax.training.throughput.time", clock)
     return clock
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("cpu", None),
-        ("TPU v99", None),
-    ],
-)
-def test_peaks_are_known_by_kind(kind: str, peak: float | None) -> None:
-    assert peak_flops(kind) == peak
 
 
 def test_only_steady_steps_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
