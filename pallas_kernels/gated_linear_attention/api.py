@@ -8,6 +8,10 @@ float32, `segment_ids` None or int32, `scale` a Python float.
         The reason, in one sentence, why it does not serve this call; looks at shapes, dtypes and the target only.
     gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids,
                            *, scale, chunk_size, interpret) -> (out, final_state)
+
+One with a way of its own for a single token has a second module, named in `_STEPS`, with the same pair of functions,
+`unsupported_step(query, value, *, interpret)` and `gated_linear_attention_step(query, key, value, log_decay, state,
+*, scale, interpret)`, of arrays without the time axis.
 """
 
 import functools
@@ -28,6 +32,11 @@ IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
 # What `implementation=None` tries, in this order. `unsupported` of mosaic_gpu says no to GPUs before Hopper.
 _BEST_FIRST = {"gpu": ("mosaic_gpu", "chunked"), "tpu": ("mosaic_tpu", "chunked")}
 _BEST_FIRST_ELSEWHERE = ("chunked",)
+
+# The same for a single token, and the modules that serve one; the reference serves it as a row of length 1.
+_BEST_STEP_FIRST = {"tpu": ("mosaic_tpu", "reference")}
+_BEST_STEP_FIRST_ELSEWHERE = ("reference",)
+_STEPS = {"mosaic_tpu": "mosaic_tpu_step"}
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -84,18 +93,9 @@ def gated_linear_attention(
     """
     arguments = _checked(query, key, value, log_decay, initial_state, segment_ids, chunk_size)
     scale = _checked_scale(scale, arguments[0].shape[-1])
-    names = _names(implementation)
-    reasons = {}
-    for name in names:
-        reasons[name] = _unsupported(name, arguments, chunk_size, interpret)
-        if reasons[name] is None:
-            break
-    else:
-        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
-        raise NotImplementedError(f"gated_linear_attention is not served by {tried}.")
-    if implementation is None:
-        for passed_over in names[: len(reasons) - 1]:
-            _say_once(f"gated_linear_attention runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
+    best = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
+    unsupported = functools.partial(_unsupported, arguments=arguments, chunk_size=chunk_size, interpret=interpret)
+    name = _choose("gated_linear_attention", implementation, best, unsupported)
     return _module(name).gated_linear_attention(*arguments, scale=scale, chunk_size=chunk_size, interpret=interpret)
 
 
@@ -140,6 +140,8 @@ def gated_linear_attention_step(
     state: jax.Array,
     *,
     scale: float | None = None,
+    implementation: str | Sequence[str] | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Apply Gated Linear Attention to one token: what `gated_linear_attention` does, without the time axis.
 
@@ -150,6 +152,8 @@ def gated_linear_attention_step(
         log_decay: <= 0, broadcastable to [B, H_kv, K] or [B, H, K]; None does not forget.
         state: [B, H, K, V] float32.
         scale: what the query is multiplied by; K**-0.5 by default.
+        implementation: as for `gated_linear_attention`; "reference" and "mosaic_tpu" serve single tokens.
+        interpret: run Pallas kernels in their interpreter, on any backend.
 
     Returns:
         out: [B, H, V] in the dtype of value.
@@ -157,6 +161,7 @@ def gated_linear_attention_step(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or value.
+        NotImplementedError: no requested implementation serves this call; the message says why.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if jnp.ndim(x) != 3:
@@ -177,24 +182,40 @@ def gated_linear_attention_step(
     )
     if state is None:
         raise ValueError("state is None; it must be a float32 array of shape [batch, heads, key dim, value dim].")
-    out, state = reference.gated_linear_attention(
-        q, k, v, g, state, None, scale=_checked_scale(scale, q.shape[-1]), chunk_size=None, interpret=False
-    )
-    return out[:, 0], state
+    scale = _checked_scale(scale, q.shape[-1])
+    best = _BEST_STEP_FIRST.get(target().platform, _BEST_STEP_FIRST_ELSEWHERE)
+    unsupported = functools.partial(_unsupported_step, query=q, value=v, interpret=interpret)
+    name = _choose("gated_linear_attention_step", implementation, best, unsupported)
+    if name == "reference":
+        options = {"scale": scale, "chunk_size": None, "interpret": interpret}
+        out, state = reference.gated_linear_attention(q, k, v, g, state, None, **options)
+        return out[:, 0], state
+    q, k, v, g = (x if x is None else x[:, 0] for x in (q, k, v, g))
+    return _module(_STEPS[name]).gated_linear_attention_step(q, k, v, g, state, scale=scale, interpret=interpret)
 
 
-def _names(implementation):
-    """Return the implementations to try, in order."""
-    if implementation is None:
-        return _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+def _choose(op, implementation, best, unsupported):
+    """Return the name of the first implementation that serves a call: of those asked for, or else of the best."""
+    names = best if implementation is None else implementation
+    names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         raise ValueError(
             f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, "
             "or a sequence of them."
         )
-    return names
+    reasons = {}
+    for name in names:
+        reasons[name] = unsupported(name)
+        if reasons[name] is None:
+            break
+    else:
+        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
+        raise NotImplementedError(f"{op} is not served by {tried}.")
+    if implementation is None:
+        for passed_over in names[: len(reasons) - 1]:
+            _say_once(f"{op} runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
+    return name
 
 
 def _module(name):
@@ -209,6 +230,19 @@ def _unsupported(name, arguments, chunk_size, interpret):
     except ImportError as error:
         return f"it cannot be imported here ({error})."
     return module.unsupported(*arguments, chunk_size=chunk_size, interpret=interpret)
+
+
+def _unsupported_step(name, query, value, interpret):
+    """Return why an implementation does not serve one token of [B, 1, H, K] and [B, 1, H_kv, V], or None."""
+    if name == "reference":
+        return None
+    if name not in _STEPS:
+        return f"it has no step for a single token; take {', '.join(map(repr, ('reference', *_STEPS)))} or None."
+    try:
+        module = _module(_STEPS[name])
+    except ImportError as error:
+        return f"it cannot be imported here ({error})."
+    return module.unsupported_step(query[:, 0], value[:, 0], interpret=interpret)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import VMEM_BYTES, out_struct, to_column
+from pallas_kernels.target import target
 
 # Bytes of state of one grid step; in and out, double buffered, it is in VMEM four times.
 BLOCK_BYTES = 4 * 2**20
@@ -26,8 +27,11 @@ def _step_kernel(
         out_ref[:, values] = jnp.sum(to_column(q_ref[:, keys]) * state, axis=0, keepdims=True)
 
 
-def unsupported_step(query: jax.Array, value: jax.Array) -> str | None:
+def unsupported_step(query: jax.Array, value: jax.Array, *, interpret: Any) -> str | None:
     """Say in one sentence why the kernel does not serve one token of [B, H, K] and [B, H_kv, V], or None if it does."""
+    platform, kind = target()
+    if not interpret and platform != "tpu":
+        return f"it would run on {kind}, and needs a TPU; use 'reference', or interpret=True to try it."
     key_dim, value_dim = query.shape[-1], value.shape[-1]
     if key_dim % 128 or value_dim % 128:
         return f"K, V are {key_dim}, {value_dim}; they must be multiples of 128."
@@ -44,7 +48,7 @@ def gated_linear_attention_step(
     state: jax.Array,
     *,
     scale: float,
-    interpret: Any = False,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Decay, write and read the state for one token: S <- Diag(exp(g)) S + k v^T, out = scale * S^T q.
 

@@ -133,9 +133,8 @@ def test_a_positive_log_decay_that_cannot_be_seen_is_let_through():
     ],
 )
 def test_a_step_refuses_in_one_sentence(changes, message):
-    good = {name: x[:, 0] for name, x in arguments().items()} | {"state": jnp.ones((B, H, K, V))}
     with pytest.raises(ValueError) as error:
-        gated_linear_attention_step(**good | changes)
+        gated_linear_attention_step(**step_arguments(**changes))
     assert str(error.value).startswith(message)
 
 
@@ -209,6 +208,42 @@ def test_the_default_is_the_best_that_serves_and_says_once_what_it_passed_over(
     reasons = {"mosaic_gpu": "the moon is full.", "mosaic_tpu": "the tide is low."}
     said = [f"gated_linear_attention runs as 'chunked' and not as {kernel!r}: {reasons[kernel]}"] if kernel else []
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def step_arguments(**changes):
+    return {name: x[:, 0] for name, x in arguments().items()} | {"state": jnp.ones((B, H, K, V))} | changes
+
+
+@pytest.mark.parametrize("reason", [None, "the moon is full."])
+def test_a_step_takes_the_kernel_on_tpu_where_it_serves(monkeypatch, caplog, reason):
+    def step(query, key, value, log_decay, state, *, scale, interpret):
+        return "the kernel's", state
+
+    module = types.SimpleNamespace(unsupported_step=lambda *_, interpret: reason, gated_linear_attention_step=step)
+    monkeypatch.setattr(api, "_module", {"mosaic_tpu_step": module}.__getitem__)
+    monkeypatch.setattr(api, "target", lambda: Target("tpu", "some kind"))
+    api._say_once.cache_clear()
+    expected, _ = gated_linear_attention_step(**step_arguments(implementation="reference"))
+    with caplog.at_level(logging.WARNING):
+        out, _ = gated_linear_attention_step(**step_arguments())
+    said = [record.getMessage() for record in caplog.records]
+    if reason is None:
+        assert out == "the kernel's" and not said
+    else:
+        np.testing.assert_array_equal(out, expected)
+        assert said == [f"gated_linear_attention_step runs as 'reference' and not as 'mosaic_tpu': {reason}"]
+
+
+def test_a_step_says_why_a_named_implementation_cannot_serve():
+    with pytest.raises(NotImplementedError) as error:
+        gated_linear_attention_step(**step_arguments(implementation=("chunked", "mosaic_tpu")))
+    assert str(error.value) == (
+        "gated_linear_attention_step is not served by 'chunked': it has no step for a single token; take 'reference', "
+        "'mosaic_tpu' or None; nor by 'mosaic_tpu': it would run on cpu, and needs a TPU; use 'reference', or "
+        "interpret=True to try it."
+    )
+    with pytest.raises(ValueError, match="implementation is 'triton'; it must be None, one of reference, chunked"):
+        gated_linear_attention_step(**step_arguments(implementation="triton"))
 
 
 def test_support_says_why_for_arrays_and_for_shapes(fake):

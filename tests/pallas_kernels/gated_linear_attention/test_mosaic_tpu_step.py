@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from pallas_kernels import gated_linear_attention_step
 from pallas_kernels.gated_linear_attention import mosaic_tpu_step
 
 
@@ -29,7 +30,7 @@ def recurrence(q, k, v, g, state):
 @pytest.mark.parametrize("gate", ["channel", "scalar", "none"])
 def test_equals_the_recurrence(gate):
     arguments = make(gate)
-    step = lambda *a: mosaic_tpu_step.gated_linear_attention_step(*a, scale=0.25, interpret=True)
+    step = lambda *a: gated_linear_attention_step(*a, scale=0.25, implementation="mosaic_tpu", interpret=True)
     found, pull = jax.vjp(jax.jit(step), *arguments)
     with jax.enable_x64(True):
         up = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
@@ -44,13 +45,17 @@ def test_equals_the_recurrence(gate):
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(128, 128), (128, 256), (256, 512)])
 def test_exports_for_tpu(key_dim, value_dim):
     arguments = make("channel", key_dim=key_dim, value_dim=value_dim)
-    step = lambda *a: mosaic_tpu_step.gated_linear_attention_step(*a, scale=1.0)
+    step = lambda *a: mosaic_tpu_step.gated_linear_attention_step(*a, scale=1.0, interpret=False)
     exported = export.export(jax.jit(step), platforms=["tpu"])(*arguments)
     assert exported.mlir_module().count("tpu_custom_call") == 1
 
 
 def test_says_what_it_does_not_serve():
     shape = lambda dim: jax.ShapeDtypeStruct((1, 2, dim), jnp.float32)
-    assert mosaic_tpu_step.unsupported_step(shape(128), shape(256)) is None
-    assert "multiples of 128" in mosaic_tpu_step.unsupported_step(shape(64), shape(128))
-    assert "too large" in mosaic_tpu_step.unsupported_step(shape(1024), shape(2048))
+    reason = lambda key_dim, value_dim, interpret=True: mosaic_tpu_step.unsupported_step(
+        shape(key_dim), shape(value_dim), interpret=interpret
+    )
+    assert reason(128, 256) is None
+    assert "multiples of 128" in reason(64, 128)
+    assert "too large" in reason(1024, 2048)
+    assert reason(128, 256, interpret=False).startswith("it would run on cpu, and needs a TPU")
