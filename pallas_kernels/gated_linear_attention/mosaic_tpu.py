@@ -7,7 +7,6 @@ gates and keys of zero, which leave the state untouched; K and V to multiples of
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,13 +112,31 @@ def gated_linear_attention(
     key_pad, value_pad = _padded_dim(key_dim) - key_dim, _padded_dim(value_dim) - value_dim
     parts = 1 if (key_dim + key_pad) % 128 == 0 and (value_dim + value_pad) % 128 == 0 else 2
     head_pad = heads % parts
-    kernels = _sizes(query, value, log_decay, segment_ids, scale, chunk_size, heads + head_pad, parts)
+    kv_heads = key.shape[2]
+    if parts == 2 and kv_heads != heads:
+        # Two heads in one unit: each key head twice, for units to share; or one for every query head.
+        kv_heads = heads if (heads // kv_heads) % 2 else 2 * kv_heads
+    shared_gates = log_decay is None or log_decay.shape[2] != heads
+    kernels = _sizes(
+        query,
+        value,
+        log_decay,
+        segment_ids,
+        scale,
+        chunk_size,
+        heads + head_pad,
+        parts,
+        heads // kv_heads,
+        shared_gates,
+    )
     sizes = kernels.training_forward
     time_pad = -time % sizes.step
 
-    def spread(x: jax.Array) -> jax.Array:
-        """Give every query head its own copy of a key head."""
-        return jnp.repeat(x, heads // x.shape[2], axis=2) if x.shape[2] != heads else x
+    def repeat(x: jax.Array, heads: int) -> jax.Array:
+        """Give consecutive heads their own copy of the one they share; their gradients are summed in float32."""
+        if x.shape[2] == heads:
+            return x
+        return jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2).astype(x.dtype)
 
     def lanes(x: jax.Array, dim_pad: int) -> jax.Array:
         """Pad, and view [B, T, H, D] as [B, T, H*D]."""
@@ -127,17 +144,20 @@ def gated_linear_attention(
             x = jnp.pad(x, ((0, 0), (0, time_pad), (0, head_pad), (0, dim_pad)))
         return x.reshape(batch, time + time_pad, -1)
 
-    q, k, v = lanes(query, key_pad), lanes(spread(key), key_pad), lanes(spread(value), value_pad)
+    q, k, v = lanes(query, key_pad), lanes(repeat(key, kv_heads), key_pad), lanes(repeat(value, kv_heads), value_pad)
     g = None
     if log_decay is not None:
-        if sizes.gate == "scalar" or log_decay.dtype not in (jnp.bfloat16, jnp.float32):
-            log_decay = log_decay.astype(jnp.float32)
-        if log_decay.shape[2] != 1:
-            log_decay = spread(log_decay)
-        width = 1 if sizes.gate == "scalar" else key_dim
-        g = lanes(jnp.broadcast_to(log_decay, (batch, time, heads, width)), 0 if width == 1 else key_pad)
+        g, gate_heads = log_decay, kv_heads if shared_gates else heads
+        shape = (batch, time, gate_heads, 1 if sizes.gate == "scalar" else key_dim)
+        if g.shape[2] != 1:
+            g = repeat(g, gate_heads)
+        if g.shape != shape or sizes.gate == "scalar" or g.dtype not in (jnp.bfloat16, jnp.float32):
+            # In float32, in which the gradient is then summed.
+            narrow = g.dtype if sizes.gate == "channel" and g.dtype == jnp.bfloat16 else jnp.float32
+            g = jnp.broadcast_to(g.astype(jnp.float32), shape).astype(narrow)
+        g = lanes(g, 0 if sizes.gate == "scalar" else key_pad)
         if sizes.gate == "scalar":
-            g = g.reshape(batch, -1, sizes.heads // sizes.block_heads, sizes.block_heads).transpose(0, 2, 1, 3)
+            g = g.reshape(batch, time + time_pad, -1, sizes.gate_heads).transpose(0, 2, 1, 3)
     initial = initial_state
     if initial is not None and (head_pad or key_pad or value_pad):
         initial = jnp.pad(initial, ((0, 0), (0, head_pad), (0, key_pad), (0, value_pad)))
@@ -160,15 +180,18 @@ def _sizes(
     chunk_size: Any,
     heads: int,
     parts: int,
+    group: int,
+    shared_gates: bool,
 ) -> Kernels:
-    """Choose what to compile for a call."""
+    """Choose what to compile for a call; `group` units share their keys."""
     key_dim, value_dim = _padded_dim(query.shape[-1]), _padded_dim(value.shape[-1])
     narrow = query.dtype == value.dtype == jnp.bfloat16
     tuned = tpu_block_sizes(target().kind, key_dim, value_dim)
     chunk = chunk_size or tuned.chunk
     if not narrow:
         tuned = tuned.halved()
-    units = math.gcd(heads // parts, max(1, tuned.heads // parts))
+    fits = lambda n: heads // parts % n == 0 and (group % n == 0 or n % group == 0)
+    units = max(n for n in range(1, max(1, tuned.heads // parts) + 1) if fits(n))
     chunks = -(-query.shape[1] // chunk)
     # The fewest chunks to walk, padding included, with a grid step costing about as much as half a chunk.
     per_step = min(range(1, max(1, tuned.backward_step // chunk) + 1), key=lambda n: -(-chunks // n) * (n + 0.5))
@@ -182,10 +205,12 @@ def _sizes(
         heads=heads,
         units=units,
         parts=parts,
+        group=group,
         key_dim=key_dim,
         value_dim=value_dim,
         dtype=jnp.bfloat16 if narrow else jnp.float32,
         gate="none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "channel",
+        shared_gates=shared_gates,
         packed=segment_ids is not None,
     )
     return Kernels(
@@ -226,11 +251,22 @@ def _attend_backward(kernels: Kernels, interpret: Any, residuals: Any, gradients
     q, k, v, g, run, saved, marker = residuals
     has_initial = marker is not None
     dout, dfinal = gradients
-    grads = list(
-        backward(kernels.backward, q, k, v, g, run, saved, dout, dfinal, has_initial=has_initial, interpret=interpret)
-    )
-    dq, dk, dv = grads[:3]
-    dg = None if g is None else grads[3]
+    sizes = kernels.backward
+    grads = list(backward(sizes, q, k, v, g, run, saved, dout, dfinal, has_initial=has_initial, interpret=interpret))
+
+    def add_parts(x: jax.Array, of: jax.Array, axis: int, width: int) -> jax.Array:
+        """Sum the parts that the grid steps of one group of heads have in the gradient of what they share."""
+        if x.shape == of.shape:
+            return x
+        split = (*of.shape[:axis], of.shape[axis] // width, -1, width, *of.shape[axis + 1 :])
+        return x.astype(jnp.float32).reshape(split).sum(axis=axis + 1).reshape(of.shape).astype(of.dtype)
+
+    dq = grads[0]
+    dk = add_parts(grads[1], k, 2, sizes.unit_keys)
+    dv = add_parts(grads[2], v, 2, sizes.unit_values)
+    dg = None
+    if g is not None:
+        dg = add_parts(grads[3], g, *((1, 1) if sizes.gate == "scalar" else (2, sizes.unit_keys)))
     drun = None if run is None else jnp.zeros_like(run)
     return dq, dk, dv, dg, drun, grads[-1] if has_initial else None
 

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
     LOWEST_GATE,
     Sizes,
+    block_specs,
     causal,
     compiler_params,
     document_masks,
@@ -32,15 +33,13 @@ from pallas_kernels.gated_linear_attention.mosaic_tpu_chunk import (
     dot01,
     exact_gates,
     gate_scratch,
-    gate_specs,
     iota,
     level_weights,
     levels,
     out_struct,
     prepare_gates,
+    readable,
     split,
-    to_column,
-    to_row,
     walk,
     where01,
 )
@@ -64,19 +63,33 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
     units = range(sizes.units)
 
     def scaled(ref: Any, unit: int, exponent: Any) -> jax.Array:
-        return ref[unit] * to_column(jnp.exp2(sizes.unit_gates(exponent, unit))) if gated else ref[unit]
+        return ref[unit] * jnp.exp2(sizes.unit_gates(exponent, unit)) if gated else ref[unit]
 
     def masked(mask: Any, x: jax.Array) -> jax.Array:
         return x if mask is None else jnp.where(mask, x, jnp.zeros_like(x))
 
     def masks_of(rows: Any) -> tuple[Any, Any, Any, Any]:
-        return document_masks(run_ref, rows, length) if sizes.packed else (causal(length), None, None, None)
+        return document_masks(run_ref, rows) if sizes.packed else (None, None, None, None)
 
     def key_part(x: jax.Array, part: int) -> jax.Array:
         return sizes.part(x, part, sizes.key_dim)
 
     def value_part(x: jax.Array, part: int) -> jax.Array:
         return sizes.part(x, part, sizes.value_dim)
+
+    def store_shared(rows: Any, unit: int, sums: list[Any], dk: jax.Array, dv: jax.Array) -> None:
+        """Add up over the units that share keys and values, and write what their last one completes."""
+        sums[:] = [dk, dv] if unit % sizes.group == 0 else [sums[0] + dk, sums[1] + dv]
+        if (unit + 1) % sizes.group == 0 or unit == sizes.units - 1:
+            dk_ref[rows, sizes.keys(unit)] = sums[0].astype(dk_ref.dtype)
+            dv_ref[rows, sizes.values(unit)] = sums[1].astype(dv_ref.dtype)
+
+    def add_term(terms: list[Any], unit: int, term: tuple[jax.Array, ...]) -> None:
+        """Append a unit's term of the gates' gradient, or add it to that of the unit that has the same gates."""
+        if sizes.gate_unit(unit) == len(terms):
+            terms.append(term)
+        else:
+            terms[-1] = tuple(x + y for x, y in zip(terms[-1], term, strict=True))
 
     # First the states, forwards from the one saved at the start of the step.
 
@@ -98,7 +111,7 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
             if gated:
                 k = k * jnp.exp2(-sizes.unit_gates(d_ref[chunk], unit))
             v = v_ref[rows, sizes.values(unit)].astype(dtype)
-            update = sizes.diagonal(dot(masked(writes, k.astype(dtype)), v, (0, 0)))
+            update = sizes.diagonal(dot(v, masked(writes, k.astype(dtype)), (0, 0)))
             state_ref[unit] = masked(keeps, state_ref[unit]) + update
         if gated:
             pending_ref[:1, :] = d_ref[chunk, length - 1 :, :]
@@ -111,9 +124,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
             g = exact_gates(sizes, g_ref, rows, unit)
             k = load(k_ref, rows, sizes.keys(unit)) * jnp.exp2(g(where01(iota(length, 0) < iota(length, 1))))
             v = v_ref[rows, sizes.values(unit)].astype(dtype)
-            update = sizes.diagonal(dot(masked(writes, k.astype(dtype)), v, (0, 0)))
+            update = sizes.diagonal(dot(v, masked(writes, k.astype(dtype)), (0, 0)))
             total = jnp.exp2(g(where01(causal(length)))[length - 1 :])
-            state_ref[unit] = masked(keeps, state_ref[unit] * to_column(total)) + update
+            state_ref[unit] = masked(keeps, state_ref[unit] * total) + update
         pending_ref[...] = jnp.zeros_like(pending_ref)
         enter(chunk + 1)
 
@@ -125,10 +138,10 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
         total = jnp.sum(writing, axis=0, keepdims=True) + through
         return dot01(from_here, reading - writing, 2 if dtype == jnp.bfloat16 else 3) + total
 
-    def store_gate_gradient(rows: Any, terms: list[tuple[jax.Array, jax.Array, jax.Array]], extra: Any = None) -> None:
-        """Write the gates' gradient from (reading, writing, through) of each unit.
+    def store_gate_gradient(rows: Any, terms: list[Any], extra: Any = None) -> None:
+        """Write the gates' gradient from (reading, writing, through) of each unit of gates.
 
-        An extra tile of each unit is added: what the dyadic levels of an exact chunk contribute. Only those chunks hold
+        An extra tile of each is added: what the dyadic levels of an exact chunk contribute. Only those chunks hold
         gates that let nothing through, and those have no gradient; without the mask it would be rounding noise.
         """
 
@@ -139,7 +152,7 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
         if sizes.gate == "channel":
             for unit, term in enumerate(terms):
-                store(sizes.keys(unit), gate_gradient(*term), None if extra is None else extra[unit])
+                store(sizes.queries(unit), gate_gradient(*term), None if extra is None else extra[unit][0])
             return
 
         def heads(tiles: Any) -> jax.Array:
@@ -147,32 +160,37 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
             return sums[0] if len(sums) == 1 else jnp.concatenate(sums, axis=1)
 
         reading, writing, through = (heads(tiles) for tiles in zip(*terms, strict=True))
-        store(slice(None), gate_gradient(reading, writing, through), None if extra is None else heads(extra))
+        store(
+            slice(None),
+            gate_gradient(reading, writing, through),
+            None if extra is None else heads([x for (x,) in extra]),
+        )
 
     def state_product(state: jax.Array, dstate: jax.Array, keeps: Any) -> jax.Array:
         """Return sum_v dU S as a row."""
-        product = jnp.sum(dstate * state.astype(jnp.float32), axis=1, keepdims=True)
-        return masked(keeps, to_row(product))
+        return masked(keeps, jnp.sum(dstate * state.astype(jnp.float32), axis=0, keepdims=True))
 
     def backward_bounded(chunk: Any) -> None:
         rows = sizes.rows(chunk)
-        pairs, reads, writes, keeps = masks_of(rows)
-        terms = []
+        runs, reads, writes, keeps = masks_of(rows)
+        pairs = readable(length, runs)
+        terms: list[Any] = []
+        sums: list[Any] = []
         for unit in units:
-            q, k = load(q_ref, rows, sizes.keys(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
+            q, k = load(q_ref, rows, sizes.queries(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
             if gated:
                 d = sizes.unit_gates(d_ref[chunk], unit)
                 grow, shrink = jnp.exp2(d), jnp.exp2(-d)
                 q, k = q * grow, k * shrink
             q, k = q.astype(dtype), k.astype(dtype)
-            v, do = v_ref[rows, sizes.values(unit)].astype(dtype), do_ref[rows, sizes.values(unit)].astype(dtype)
+            v, do = v_ref[rows, sizes.values(unit)].astype(dtype), do_ref[rows, sizes.outputs(unit)].astype(dtype)
             state = states_ref[chunk, unit]
             dstate = scaled(dstate_ref, unit, d_ref[chunk, length - 1 :, :] + dpending_ref[:1, :] if gated else None)
             dstate16 = dstate.astype(dtype)
             read_do = masked(reads, do)
-            dq = dot(read_do, state, (1, 1))
-            dk_state = dot(masked(writes, v), dstate16, (1, 1))
-            dv = dot(masked(writes, k), dstate16)
+            dq = dot(read_do, state)
+            dk_state = dot(masked(writes, v), dstate16)
+            dv = dot(masked(writes, k), dstate16, (1, 1))
             dk_inside = jnp.zeros_like(dk_state)
             for part in range(sizes.parts):
                 attention = jnp.where(pairs, dot(q, key_part(k, part), (1, 1)), 0.0).astype(dtype)
@@ -180,28 +198,30 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
                 dq += dot(dattention, key_part(k, part))
                 dk_inside += dot(dattention, key_part(q, part), (0, 0))
                 dv += dot(attention, value_part(do, part), (0, 0))
-            dv_ref[rows, sizes.values(unit)] = dv.astype(dv_ref.dtype)
-            dstate_ref[unit] = masked(keeps, dstate) + sizes.diagonal(dot(q, read_do, (0, 0)))
+            dstate_ref[unit] = masked(keeps, dstate) + sizes.diagonal(dot(read_do, q, (0, 0)))
+            dk = dk_inside + dk_state
             if gated:
                 q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-                terms.append((q * dq - k * dk_inside, k * dk_state, state_product(state, dstate, keeps)))
-                dq_ref[rows, sizes.keys(unit)] = (dq * (grow * sizes.scale)).astype(dq_ref.dtype)
-                dk_ref[rows, sizes.keys(unit)] = ((dk_inside + dk_state) * shrink).astype(dk_ref.dtype)
-            else:
-                dq_ref[rows, sizes.keys(unit)] = (dq * sizes.scale).astype(dq_ref.dtype)
-                dk_ref[rows, sizes.keys(unit)] = (dk_inside + dk_state).astype(dk_ref.dtype)
+                through = state_product(state, dstate, keeps)
+                add_term(terms, unit, (q * dq - k * dk_inside, k * dk_state, through))
+                dq, dk = dq * grow, dk * shrink
+            dq_ref[rows, sizes.queries(unit)] = (dq * sizes.scale).astype(dq_ref.dtype)
+            store_shared(rows, unit, sums, dk, dv)
         if gated:
             store_gate_gradient(rows, terms)
             dpending_ref[:1, :] = middle_ref[chunk, :1, :]
 
     def backward_exact(chunk: Any) -> None:
         rows = sizes.rows(chunk)
-        pairs, reads, writes, keeps = masks_of(rows)
+        runs, reads, writes, keeps = masks_of(rows)
+        pairs = readable(length, runs)
         diagonal = iota(length, 0) == iota(length, 1)
-        terms, extra = [], []
+        terms: list[Any] = []
+        extra: list[Any] = []
+        sums: list[Any] = []
         for unit in units:
-            q, k = load(q_ref, rows, sizes.keys(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
-            v, do = v_ref[rows, sizes.values(unit)].astype(dtype), do_ref[rows, sizes.values(unit)].astype(dtype)
+            q, k = load(q_ref, rows, sizes.queries(unit)) * sizes.scale, load(k_ref, rows, sizes.keys(unit))
+            v, do = v_ref[rows, sizes.values(unit)].astype(dtype), do_ref[rows, sizes.outputs(unit)].astype(dtype)
             g = exact_gates(sizes, g_ref, rows, unit)
             from_start = g(where01(causal(length)))
             grow, shrink = jnp.exp2(from_start), jnp.exp2(g(where01(iota(length, 0) < iota(length, 1))))
@@ -210,9 +230,9 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
             state, dstate = states_ref[chunk, unit], scaled(dstate_ref, unit, dpending_ref[:1, :])
             dstate16 = dstate.astype(dtype)
             read_do = masked(reads, do)
-            dq_state = dot(read_do, state, (1, 1))
-            dk_state = dot(masked(writes, v), dstate16, (1, 1))
-            dv = dot(masked(writes, writing_k), dstate16)
+            dq_state = dot(read_do, state)
+            dk_state = dot(masked(writes, v), dstate16)
+            dv = dot(masked(writes, writing_k), dstate16, (1, 1))
             dq, dk, dg = dq_state * grow, dk_state * shrink, jnp.zeros_like(q)
             for part in range(sizes.parts):
                 dattention = jnp.where(pairs, dot(do, value_part(v, part), (1, 1)), 0.0)
@@ -238,15 +258,15 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
                 carry = level(None, diagonal, (jnp.zeros((length, length), jnp.float32), dq, dk, dg), None)
                 attention, dq, dk, dg = lax.fori_loop(0, levels(length), dyadic, carry)
-                dv += dot(masked(pairs, attention).astype(dtype), value_part(do, part), (0, 0))
-            dv_ref[rows, sizes.values(unit)] = dv.astype(dv_ref.dtype)
-            dq_ref[rows, sizes.keys(unit)] = (dq * sizes.scale).astype(dq_ref.dtype)
-            dk_ref[rows, sizes.keys(unit)] = dk.astype(dk_ref.dtype)
+                dv += dot(jnp.where(pairs, attention, 0.0).astype(dtype), value_part(do, part), (0, 0))
+            dq_ref[rows, sizes.queries(unit)] = (dq * sizes.scale).astype(dq_ref.dtype)
+            store_shared(rows, unit, sums, dk, dv)
             through = state_product(state, dstate, keeps) * total
-            terms.append((reading_q.astype(jnp.float32) * dq_state, writing_k.astype(jnp.float32) * dk_state, through))
-            extra.append(dg)
-            kept = masked(keeps, dstate * to_column(total))
-            dstate_ref[unit] = kept + sizes.diagonal(dot(reading_q, read_do, (0, 0)))
+            term = reading_q.astype(jnp.float32) * dq_state, writing_k.astype(jnp.float32) * dk_state, through
+            add_term(terms, unit, term)
+            add_term(extra, unit, (dg,))
+            kept = masked(keeps, dstate * total)
+            dstate_ref[unit] = kept + sizes.diagonal(dot(read_do, reading_q, (0, 0)))
         store_gate_gradient(rows, terms, extra)
         dpending_ref[...] = jnp.zeros_like(dpending_ref)
 
@@ -295,31 +315,36 @@ def backward(
     Args:
         sizes: The kernel's sizes, those of the forward kernel that saved the states.
         q: [B, T, H*K], T a multiple of the step.
-        k: [B, T, H*K].
-        v: [B, T, H*V].
+        k: [B, T, H_kv*K].
+        v: [B, T, H_kv*V].
         g: As for `forward`.
         run: As for `forward`.
-        saved: [B, T/step, units, unit_keys, unit_values], the states at the start of every grid step.
+        saved: [B, T/step, units, unit_values, unit_keys], the states at the start of every grid step.
         dout: [B, T, H*V].
         dfinal: [B, H, K, V] float32.
         has_initial: Whether the initial state's gradient is wanted.
         interpret: As for `pallas_call`.
 
     Returns:
-        The gradients of q, k, v, of g unless it is None, and of the initial state if wanted.
+        The gradients of q, k, v, of g unless it is None, and of the initial state if wanted. Where the units of several
+        grid steps share keys, those of k, v and shared gates are one part for each of them, next to each other.
     """
     batch, time, _ = q.shape
     blocks, steps = sizes.heads // sizes.block_heads, time // sizes.step
-    unit_state = (sizes.units, sizes.unit_keys, sizes.unit_values)
-    back = lambda t: steps - 1 - t
-    keys = pl.BlockSpec((None, sizes.step, sizes.units * sizes.unit_keys), lambda b, h, t: (b, back(t), h))
-    values = pl.BlockSpec((None, sizes.step, sizes.units * sizes.unit_values), lambda b, h, t: (b, back(t), h))
-    state = pl.BlockSpec((None, sizes.block_heads, sizes.key_dim, sizes.value_dim), lambda b, h, t: (b, h, 0, 0))
-    states = pl.BlockSpec((None, None, *unit_state), lambda b, h, t: (b, back(t), h, 0, 0))
-    runs = pl.BlockSpec((None, 3, sizes.step), lambda b, h, t: (b, 0, back(t)))
-    gates = gate_specs(sizes, back)
+    unit_state = (sizes.units, sizes.unit_values, sizes.unit_keys)
+    specs = block_specs(sizes, lambda t: steps - 1 - t)
+    own = block_specs(sizes, lambda t: steps - 1 - t, shared=False)
     args = [x for x in (q, k, v, g, run, saved, dout, dfinal) if x is not None]
-    out_shape = [out_struct(x.shape, x.dtype, q) for x in (q, k, v, g) if x is not None]
+    key_heads = blocks * sizes.key_units * sizes.parts
+    out_shape = [
+        out_struct(q.shape, q.dtype, q),
+        out_struct((batch, time, key_heads * sizes.key_dim), k.dtype, q),
+        out_struct((batch, time, key_heads * sizes.value_dim), v.dtype, q),
+    ]
+    if sizes.gate == "scalar":
+        out_shape.append(out_struct((batch, blocks, *g.shape[2:]), g.dtype, q))
+    elif sizes.gate == "channel":
+        out_shape.append(out_struct((batch, time, blocks * sizes.gate_width), g.dtype, q))
     if has_initial:
         out_shape.append(out_struct(dfinal.shape, jnp.float32, q))
     scratch: list[Any] = [
@@ -333,8 +358,12 @@ def backward(
         functools.partial(_backward_kernel, sizes=sizes, has_initial=has_initial),
         out_shape=out_shape,
         grid=(batch, blocks, steps),
-        in_specs=[keys, keys, values, *gates, *[runs] * (run is not None), states, values, state],
-        out_specs=[keys, keys, values, *gates, *[state] * has_initial],
+        in_specs=[
+            *(specs.queries, specs.keys, specs.values, *specs.gates),
+            *([specs.runs] * (run is not None)),
+            *(specs.saved, specs.outputs, specs.states),
+        ],
+        out_specs=[own.queries, own.keys, own.values, *own.gates, *[own.states] * has_initial],
         scratch_shapes=scratch,
         compiler_params=compiler_params(),
         interpret=interpret,

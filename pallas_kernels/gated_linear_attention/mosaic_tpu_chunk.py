@@ -16,7 +16,7 @@ float32) by one pass through the matrix unit, and float32 gates by three.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,9 @@ class Sizes:
     """What a kernel is built for; everything static.
 
     A unit is the heads that share whole registers of 128 lanes: one head, or two where K or V is an odd multiple
-    of 64. The state of a unit of two heads is block diagonal, so that one product serves both.
+    of 64. The state of a unit is kept transposed, [unit_values, unit_keys]: the decay of a key channel is then that of
+    a lane, and multiplies as a row, where a column would first have to be made of it. With two heads it is block
+    diagonal, so that one product serves both.
 
     Attributes:
         scale: Multiplies the query.
@@ -47,12 +49,14 @@ class Sizes:
         step: Tokens of one grid step, a multiple of `chunk`.
         unroll: Chunks laid out in a straight line of code.
         heads: H, all heads.
-        units: Units of one grid step.
+        units: Units of one grid step; they divide `group` or are a multiple of it.
         parts: Heads of one unit, 1 or 2.
+        group: Consecutive units that share one unit of keys and values.
         key_dim: K.
         value_dim: V.
         dtype: What the matrix unit multiplies, bfloat16 or float32.
         gate: "none", "scalar" ([.., 1]) or "channel" ([.., K]).
+        shared_gates: Whether the units that share keys share gates too.
         packed: Whether rows hold several documents.
     """
 
@@ -63,10 +67,12 @@ class Sizes:
     heads: int
     units: int
     parts: int
+    group: int
     key_dim: int
     value_dim: int
     dtype: Any
     gate: str
+    shared_gates: bool
     packed: bool
 
     @property
@@ -90,27 +96,57 @@ class Sizes:
         return self.parts * self.value_dim
 
     @property
+    def key_units(self) -> int:
+        """Return the units of keys and values of one grid step."""
+        return max(1, self.units // self.group)
+
+    @property
+    def gate_heads(self) -> int:
+        """Return the heads of gates of one grid step."""
+        return self.parts * (self.key_units if self.shared_gates else self.units)
+
+    @property
     def gate_width(self) -> int:
         """Return the lanes of the gates of one grid step."""
-        return self.block_heads * (1 if self.gate == "scalar" else self.key_dim)
+        return self.gate_heads * (1 if self.gate == "scalar" else self.key_dim)
+
+    def key_block(self, block: Any) -> Any:
+        """Return which block of keys and values serves a block of units."""
+        return block if self.units >= self.group else lax.div(block, self.group // self.units)
+
+    def gate_block(self, block: Any) -> Any:
+        """Return which block of gates serves a block of units."""
+        return self.key_block(block) if self.shared_gates else block
+
+    def gate_unit(self, unit: int) -> int:
+        """Return which unit of gates serves a unit."""
+        return unit // self.group if self.shared_gates else unit
 
     def rows(self, chunk: Any) -> Any:
         """Return the rows of a chunk within the step."""
         return pl.ds(pl.multiple_of(chunk * self.chunk, self.chunk), self.chunk)
 
-    def keys(self, unit: int) -> slice:
-        """Return the key lanes of a unit within the step's block."""
+    def queries(self, unit: int) -> slice:
+        """Return the lanes of a unit's queries within the step's block."""
         return slice(unit * self.unit_keys, (unit + 1) * self.unit_keys)
 
-    def values(self, unit: int) -> slice:
-        """Return the value lanes of a unit within the step's block."""
+    def outputs(self, unit: int) -> slice:
+        """Return the lanes of a unit's outputs within the step's block."""
         return slice(unit * self.unit_values, (unit + 1) * self.unit_values)
+
+    def keys(self, unit: int) -> slice:
+        """Return the lanes of the keys that a unit reads, within the step's block."""
+        return self.queries(unit // self.group)
+
+    def values(self, unit: int) -> slice:
+        """Return the lanes of the values that a unit reads, within the step's block."""
+        return self.outputs(unit // self.group)
 
     def unit_gates(self, x: jax.Array, unit: int) -> jax.Array:
         """Cut a unit out of [rows, gate_width]: [rows, unit_keys], or [rows, 1] for one head with a scalar gate."""
         if self.gate == "channel":
-            return x[:, self.keys(unit)]
-        first = unit * self.parts
+            return x[:, self.queries(self.gate_unit(unit))]
+        first = self.gate_unit(unit) * self.parts
         if self.parts == 1:
             return x[:, first : first + 1]
         lane = lax.broadcasted_iota(jnp.int32, (x.shape[0], self.unit_keys), 1)
@@ -120,32 +156,41 @@ class Sizes:
         """Zero the lanes of a unit's tile [rows, parts * width] that belong to its other head."""
         if self.parts == 1:
             return x
+        dtype = x.dtype
+        if dtype == jnp.bfloat16:
+            x = pltpu.bitcast(x, jnp.int32)  # two rows in one: a select of bfloat16 would unpack them on most chips
         lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
-        return jnp.where((lane < width) == (index == 0), x, jnp.zeros_like(x))
+        x = jnp.where((lane < width) == (index == 0), x, jnp.zeros_like(x))
+        return pltpu.bitcast(x, dtype) if dtype == jnp.bfloat16 else x
+
+    def stacked(self, x: jax.Array, width: int) -> jax.Array:
+        """Put the two heads of a unit's tile [rows, 2 * width] on top of each other, each in its own lanes."""
+        return jnp.concatenate([self.part(x, 0, width), self.part(x, 1, width)], axis=0)
 
     def diagonal(self, state: jax.Array) -> jax.Array:
-        """Zero what a product over a unit's lanes [unit_keys, unit_values] mixes between its heads."""
+        """Zero what a product over a unit's lanes [unit_values, unit_keys] mixes between its heads."""
         if self.parts == 1:
             return state
         row = lax.broadcasted_iota(jnp.int32, state.shape, 0)
         lane = lax.broadcasted_iota(jnp.int32, state.shape, 1)
-        return jnp.where((row < self.key_dim) == (lane < self.value_dim), state, 0.0)
+        return jnp.where((row < self.value_dim) == (lane < self.key_dim), state, 0.0)
 
     def load_state(self, ref: Any, unit: int) -> jax.Array:
-        """Read a unit's state out of a block [heads, K, V], as [unit_keys, unit_values] float32."""
+        """Read a unit's state out of a block [heads, K, V], as [unit_values, unit_keys] float32."""
         if self.parts == 1:
-            return ref[unit].astype(jnp.float32)
-        first, second = ref[2 * unit].astype(jnp.float32), ref[2 * unit + 1].astype(jnp.float32)
+            return jnp.transpose(ref[unit])
+        first, second = ref[2 * unit], ref[2 * unit + 1]
         zeros = jnp.zeros_like(first)
         first, second = jnp.concatenate([first, zeros], axis=1), jnp.concatenate([zeros, second], axis=1)
-        return jnp.concatenate([first, second], axis=0)
+        return jnp.transpose(jnp.concatenate([first, second], axis=0))
 
     def store_state(self, ref: Any, unit: int, state: jax.Array) -> None:
         """Write a unit's state into a block [heads, K, V]."""
+        state = jnp.transpose(state)
         for i in range(self.parts):
             rows = slice(i * self.key_dim, (i + 1) * self.key_dim)
             columns = slice(i * self.value_dim, (i + 1) * self.value_dim)
-            ref[self.parts * unit + i] = state[rows, columns].astype(ref.dtype)
+            ref[self.parts * unit + i] = state[rows, columns]
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -218,15 +263,8 @@ def levels(length: int) -> int:
 
 
 def to_column(row: jax.Array) -> jax.Array:
-    """Turn a row [1, K] into a column [K, 1]."""
-    if row.shape[1] == 1:
-        return row
+    """Turn a row [1, C] into a column [C, 1]."""
     return jnp.transpose(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
-
-
-def to_row(column: jax.Array) -> jax.Array:
-    """Turn a column [K, 1] into a row [1, K]."""
-    return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], 128)))[:1]
 
 
 def prepare_gates(sizes: Sizes, g_ref: Any, d_ref: Any, middle_ref: Any, flag_ref: Any) -> None:
@@ -294,16 +332,15 @@ def walk(sizes: Sizes, order: list[Any], flag_ref: Any, bounded: Any, exact: Any
     when_unbounded(unbounded)(lambda: lax.fori_loop(0, count, each, None))
 
 
-def document_masks(run_ref: Any, rows: Any, length: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def document_masks(run_ref: Any, rows: Any) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
     """Say what a chunk's tokens may read, from the number of the document run that each belongs to.
 
     Args:
         run_ref: [3, step] float32: the run of each token, of the last token before its chunk, of the last of its chunk.
         rows: The chunk's tokens.
-        length: C.
 
     Returns:
-        pairs: [C, C], causal pairs within one document.
+        runs: [C, 1] and [1, C], the run of each row and of each column, for `readable`.
         reads: [C, 1], tokens that still see the state from before the chunk.
         writes: [C, 1], tokens that the state after the chunk still sees.
         keeps: [1, 1], whether the state after the chunk still sees the state before it.
@@ -311,16 +348,68 @@ def document_masks(run_ref: Any, rows: Any, length: int) -> tuple[jax.Array, jax
     run = run_ref[:, rows]
     of_token, before, last = run[:1], run[1:2, :1], run[2:3, :1]
     of_row = to_column(of_token)
-    return causal(length) & (of_row == of_token), of_row == before, of_row == last, before == last
+    return (of_row, of_token), of_row == before, of_row == last, before == last
 
 
-def gate_specs(sizes: Sizes, time_index: Any) -> list[pl.BlockSpec]:
-    """Return how a grid step sees the gates: lanes of [B, T, H*K], or all of [B, H/h, T, h] for scalar gates."""
-    if sizes.gate == "none":
-        return []
+def readable(length: int, runs: Any) -> jax.Array:
+    """Return the mask [C, C] of the columns that a row may read: no later token, none of another run."""
+    if runs is None:
+        return causal(length)
+    of_row, of_column = runs
+    return causal(length) & (of_row == of_column)
+
+
+def readable_half(length: int, first: int, runs: Any) -> jax.Array:
+    """Return the mask [C - first, C] of the rows from `first` on, for the C/2 columns from there on, twice."""
+    shape, half = (length - first, length), length // 2
+    row, column = lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = row >= (column & (half - 1))
+    if runs is None:
+        return mask
+    of_row, of_column = runs[0][first:], runs[1][:, first : first + half]
+    return mask & (of_row == jnp.concatenate([of_column, of_column], axis=1))
+
+
+class BlockSpecs(NamedTuple):
+    """What a grid step sees of the arrays; the grid is (batch, blocks of units, steps in time)."""
+
+    queries: pl.BlockSpec
+    keys: pl.BlockSpec
+    values: pl.BlockSpec
+    gates: list[pl.BlockSpec]
+    runs: pl.BlockSpec
+    outputs: pl.BlockSpec
+    states: pl.BlockSpec
+    saved: pl.BlockSpec
+
+
+def block_specs(sizes: Sizes, time_index: Any, shared: bool = True) -> BlockSpecs:
+    """Return what a grid step sees of the arrays.
+
+    Args:
+        sizes: The kernel's sizes.
+        time_index: Maps the last index of the grid to the step that it stands for.
+        shared: Whether blocks of units share keys, values and gates; or each has its own, as their gradients do.
+    """
+    key_block, gate_block = (sizes.key_block, sizes.gate_block) if shared else (lambda h: h, lambda h: h)
+    lanes = lambda width, block: pl.BlockSpec((None, sizes.step, width), lambda b, h, t: (b, time_index(t), block(h)))
     if sizes.gate == "scalar":
-        return [pl.BlockSpec((None, None, sizes.step, sizes.block_heads), lambda b, h, t: (b, h, time_index(t), 0))]
-    return [pl.BlockSpec((None, sizes.step, sizes.gate_width), lambda b, h, t: (b, time_index(t), h))]
+        rows = (None, None, sizes.step, sizes.gate_heads)
+        gates = [pl.BlockSpec(rows, lambda b, h, t: (b, gate_block(h), time_index(t), 0))]
+    else:
+        gates = [lanes(sizes.gate_width, gate_block)] * (sizes.gate == "channel")
+    state = (None, sizes.block_heads, sizes.key_dim, sizes.value_dim)
+    saved = (None, None, sizes.units, sizes.unit_values, sizes.unit_keys)
+    return BlockSpecs(
+        queries=lanes(sizes.units * sizes.unit_keys, lambda h: h),
+        keys=lanes(sizes.key_units * sizes.unit_keys, key_block),
+        values=lanes(sizes.key_units * sizes.unit_values, key_block),
+        gates=gates,
+        runs=pl.BlockSpec((None, 3, sizes.step), lambda b, h, t: (b, 0, time_index(t))),
+        outputs=lanes(sizes.units * sizes.unit_values, lambda h: h),
+        states=pl.BlockSpec(state, lambda b, h, t: (b, h, 0, 0)),
+        saved=pl.BlockSpec(saved, lambda b, h, t: (b, time_index(t), h, 0, 0)),
+    )
 
 
 def gate_scratch(sizes: Sizes) -> list[Any]:
