@@ -6,16 +6,19 @@ name and renames it at the end, so that one half written is never found. A list 
 by which one that lost something later is known.
 """
 
+import asyncio
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -158,12 +161,95 @@ def restore_params(folder: Path, abstract: Params, log: Callable[[str], None]) -
     Raises:
         ConfigError: there is no checkpoint that can be read.
     """
-    name = lambda path: "ema" if (path / "ema").is_dir() else "params"
-    targets = lambda path: {name(path): ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
+    targets = lambda path: {_best_params(path): ocp.args.StandardRestore(abstract), "data": ocp.args.JsonRestore()}
     items = _read_newest(folder, targets, log)
     if items is None:
         raise ConfigError(f"{folder} holds no checkpoint yet.")
     return items.get("ema") or items["params"], items["data"]["next_step"]
+
+
+class PiecewiseArray(Protocol):
+    """An array that is too large to be held: what `write_params` takes."""
+
+    shape: tuple[int, ...]
+    size: int
+    dtype: np.dtype
+
+    def pieces(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield parts that make up the array, each with its leading indices."""
+        ...
+
+
+def write_params(folder: Path, params: Params) -> None:
+    """Write a checkpoint of step 0 that has parameters only, holding one piece of one of them at a time.
+
+    Args:
+        folder: of checkpoints; it must have none yet.
+        params: nested dict of `PiecewiseArray`, all of one class.
+    """
+    path = _path(folder, 0)
+    kind = type(jax.tree.leaves(params)[0])
+    handlers = (kind, _PieceWriter()), (jax.Array, ocp.type_handlers.ArrayHandler())  # Orbax warns without the latter
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as writer:
+        writer.save(path / "params", args=ocp.args.PyTreeSave(params))
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+        writer.save(path / "data", args=ocp.args.JsonSave({"fingerprint": "", "next_step": 0}))
+    (path / _SIZES).write_text(json.dumps(_file_sizes(path)))
+
+
+class _PieceWriter(ocp.type_handlers.NumpyHandler):
+    """Writes arrays piece by piece, each its own chunk on disk, and no two at once."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        async with self._turn:
+            store = None
+            for place, piece in value.pieces():
+                if store is None:
+                    tspec["metadata"]["chunks"] = (*(1 for _ in place), *piece.shape)
+                    store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+                await store[place].write(piece, can_reference_source_data_indefinitely=True)
+
+
+def iterate_params(
+    folder: Path, abstract: Params, log: Callable[[str], None]
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Read what `restore_params` would, one parameter at a time and into the host's memory.
+
+    Args:
+        folder: of a `CheckpointWriter`.
+        abstract: shapes and dtypes to read into.
+        log: called with a sentence for every newer checkpoint that cannot be read.
+
+    Yields:
+        The path and the numbers of every parameter.
+
+    Raises:
+        ConfigError: there is no checkpoint that can be read.
+    """
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        keys = tuple(key.key for key in leaf_path)
+        alone: Any = leaf
+        for key in reversed(keys):
+            alone = {key: alone}
+        arguments = ocp.args.PyTreeRestore(
+            alone,
+            restore_args=jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), alone),
+            partial_restore=True,
+        )
+        items = _read_newest(folder, lambda path, arguments=arguments: {_best_params(path): arguments}, log)
+        if items is None:
+            raise ConfigError(f"{folder} holds no checkpoint yet.")
+        yield keys, np.asarray(jax.tree.leaves(items.get("ema") or items["params"])[0])
+
+
+def _best_params(path: Path) -> str:
+    """Return the item that a checkpoint is evaluated with."""
+    return "ema" if (path / "ema").is_dir() else "params"
 
 
 def _read_newest(
@@ -171,7 +257,7 @@ def _read_newest(
 ) -> Mapping[str, Any] | None:
     steps = _steps(folder)
     for step in reversed(steps):
-        path = _path(folder, step)
+        path = _path(folder.absolute(), step)
         try:
             _check_sizes(path)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
