@@ -96,8 +96,8 @@ def open_dataset(
     _check(config, process_count)
     train: _RowSource
     held_out: _RowSource
+    tokenizer = open_tokenizer(config, vocab_size)
     if config.path is None and config.corpus == "synthetic":
-        tokenizer: Tokenizer = IntegerTokenizer(256 if vocab_size is None else vocab_size)
         row = config.sequence_length + 1
         train = Synthetic(tokenizer.vocab_size, row, f"{seed}/train")
         held_out = Synthetic(tokenizer.vocab_size, row, f"{seed}/held out", _SYNTHETIC_HELD_OUT_ROWS)
@@ -107,7 +107,6 @@ def open_dataset(
         description = ["synthetic: endless random tokens"]
         content: list[Any] = ["synthetic"]
     else:
-        tokenizer = load_tokenizer(config.tokenizer)
         sources = open_sources(config, tokenizer)
         train = Rows([span for source in sources for span in source.split.train], config.sequence_length)
         held_out = Rows([span for source in sources for span in source.split.held_out], config.sequence_length)
@@ -160,6 +159,17 @@ def open_dataset(
         _eval=_eval_batches(held_out, config, here, tokenizer.end_of_document),
         _prefetch=config.prefetch,
     )
+
+
+def open_tokenizer(config: DataConfig, vocab_size: int | None) -> Tokenizer:
+    """Load the tokeniser of the data that a config names; that of synthetic data fills the model's vocabulary.
+
+    Raises:
+        ConfigError: if there is no such file, it cannot be read, or its library is not installed.
+    """
+    if config.path is None and config.corpus == "synthetic":
+        return IntegerTokenizer(256 if vocab_size is None else vocab_size)
+    return load_tokenizer(config.tokenizer)
 
 
 def _mixed_order(counts: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:

@@ -1,5 +1,6 @@
 """The mesh that everything runs on: always four explicit axes, each of size 1 on a laptop."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -30,7 +31,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     explicit = (AxisType.Explicit,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), explicit, devices=devices)
+        try:
+            return jax.make_mesh(tuple(sizes.values()), tuple(sizes), explicit, devices=devices)
+        except NotImplementedError:  # JAX will not cut a dimension of this TPU's torus in two
+            raise ConfigError(_does_not_lie(sizes, devices)) from None
     outer = next((name for name in ("data", "fsdp") if sizes[name] % slices == 0), None)
     if outer is None:
         raise ConfigError(
@@ -40,6 +44,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     across = {name: slices if name == outer else 1 for name in sizes}
     within = [sizes[name] // across[name] for name in sizes]
     return Mesh(mesh_utils.create_hybrid_device_mesh(within, list(across.values()), devices), tuple(sizes), explicit)
+
+
+def _does_not_lie(sizes: dict[str, int], devices: Sequence[jax.Device]) -> str:
+    """Say that the mesh cannot be laid out on the network of the devices, and which ones nearby can."""
+    both = sizes["data"] * sizes["fsdp"]
+    fits = []
+    for data in (data for data in range(1, both + 1) if both % data == 0):
+        with contextlib.suppress(NotImplementedError):
+            jax.make_mesh((data, both // data, *list(sizes.values())[2:]), tuple(sizes), devices=devices)
+            fits.append(data)
+    near = sorted(sorted(fits, key=lambda data: abs(math.log(data / sizes["data"])))[:3])
+    cure = " or ".join(f"mesh.data={data} with mesh.fsdp={both // data}" for data in near)
+    return (
+        f"mesh {' x '.join(map(str, sizes.values()))} (data, fsdp, sequence, tensor) cannot be laid out on the torus "
+        f"of {len(devices)} {devices[0].device_kind}, as each axis must span whole dimensions of it; "
+        + (f"try {cure}." if cure else "try sizes that are products of those dimensions.")
+    )
 
 
 def resolve_sizes(config: MeshConfig, device_count: int) -> dict[str, int]:
