@@ -2,17 +2,17 @@
 
     python -m gla_jax.generate --workdir=DIR --prompt="In the beginning" --prompt="And it came to pass"
 
+DIR is the folder of a run, or a Hugging Face directory.
+
 Every prompt is continued `--samples` times, all in one batch. A text starts like a document of the training data; the
 empty prompt, which is the default, lets the model begin one.
 """
-
-from pathlib import Path
 
 from absl import flags
 
 from gla_jax import command_line
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run, or a Hugging Face directory.", required=True)
 _PROMPT = flags.DEFINE_multi_string("prompt", [""], "Text to continue; repeat the flag to continue several at once.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Continuations of each prompt.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens to add at the most.", lower_bound=1)
@@ -33,10 +33,9 @@ def main(_: dict[str, str]) -> None:
     # Imported here so that --help and mistakes in flags answer at once.
     from gla_jax.data import load_tokenizer
     from gla_jax.inference import generate
-    from gla_jax.loading import load_model
-    from gla_jax.training.workdir import read_config
+    from gla_jax.loading import load_config, load_model
 
-    tokenizer = load_tokenizer(read_config(Path(_WORKDIR.value)).data.tokenizer)
+    tokenizer = load_tokenizer(load_config(_WORKDIR.value).data.tokenizer)
     prompts = [prompt for prompt in _PROMPT.value for _ in range(_SAMPLES.value)]
     continuations = generate(
         load_model(_WORKDIR.value),

@@ -61,8 +61,9 @@ def load_config(path: str | Path) -> Config:
 def _read(leaf: jax.ShapeDtypeStruct, parameter: Parameter) -> jax.Array:
     """Read a parameter from its files, every device the part that it holds."""
     sharding: Any = leaf.sharding or _first_device()
+    read: Any = parameter.read
     # One after the other: the host never holds more than one of them beside what is on the devices.
-    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, parameter.read))
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
 
 
 def _first_device() -> jax.sharding.Sharding:

@@ -55,12 +55,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What is copied along, either way. Of these, the first or else the second is what we read."""
 
-_MODEL = {
+_MODEL: dict[str, Names] = {
     "embed/embedding": ("model.embeddings.weight",),
     "norm/scale": ("model.norm.weight",),
     "head/kernel": ("lm_head.weight",),
 }
-_BLOCK = {
+_BLOCK: dict[str, Names] = {
     "mixer_norm/scale": ("model.layers.{}.attn_norm.weight",),
     "mlp_norm/scale": ("model.layers.{}.mlp_norm.weight",),
     # Files from before February 2025 hold gate and up in one.
@@ -68,7 +68,7 @@ _BLOCK = {
     "mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", "model.layers.{}.mlp.gate_proj.weight[1/2]"),
     "mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight",),
 }
-_ATTENTION = _BLOCK | {
+_ATTENTION: dict[str, Names] = _BLOCK | {
     "mixer/query/kernel": ("model.layers.{}.attn.q_proj.weight",),
     "mixer/key/kernel": ("model.layers.{}.attn.k_proj.weight",),
     "mixer/value/kernel": ("model.layers.{}.attn.v_proj.weight",),
@@ -77,7 +77,7 @@ _ATTENTION = _BLOCK | {
     "mixer/key/bias": ("model.layers.{}.attn.k_proj.bias",),
     "mixer/value/bias": ("model.layers.{}.attn.v_proj.bias",),
 }
-_RECURRENT = _BLOCK | {
+_RECURRENT: dict[str, Names] = _BLOCK | {
     "mixer/query/kernel": ("model.layers.{}.attn.q_proj.weight",),
     "mixer/key/kernel": ("model.layers.{}.attn.k_proj.weight",),
     "mixer/value/kernel": ("model.layers.{}.attn.v_proj.weight",),
@@ -89,7 +89,7 @@ _RECURRENT = _BLOCK | {
         "model.layers.{}.attn.g_norm.weight",
     ),
 }
-_GLA = _RECURRENT | {
+_GLA: dict[str, Names] = _RECURRENT | {
     "mixer/forget_gate_down/kernel": ("model.layers.{}.attn.gk_proj.0.weight",),
     "mixer/forget_gate_up/kernel": ("model.layers.{}.attn.gk_proj.1.weight",),
     "mixer/forget_gate_up/bias": ("model.layers.{}.attn.gk_proj.1.bias",),
@@ -97,7 +97,7 @@ _GLA = _RECURRENT | {
     "mixer/convolutions/key/taps": ("model.layers.{}.attn.k_conv1d.weight",),
     "mixer/convolutions/value/taps": ("model.layers.{}.attn.v_conv1d.weight",),
 }
-_LLAMA = {
+_LLAMA: dict[str, Names] = {
     "mixer_norm/scale": ("model.layers.{}.input_layernorm.weight",),
     "mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight",),
     "mixer/query/kernel": ("model.layers.{}.self_attn.q_proj.weight",),
@@ -108,7 +108,7 @@ _LLAMA = {
     "mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight",),
     "mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight",),
 }
-_ORIGINAL = {
+_ORIGINAL: dict[str, Names] = {
     "mixer_norm/scale": ("transformer.h.{}.ln_1.weight",),
     "mlp_norm/scale": ("transformer.h.{}.ln_2.weight",),
     "mixer/query/kernel": ("transformer.h.{}.attn.q_proj.weight",),
@@ -153,7 +153,7 @@ _LLAMA_REQUIRED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "rope_scaling": (None,),
 }
-_LLAMA_TENSORS = _MODEL | {"embed/embedding": ("model.embed_tokens.weight",)}
+_LLAMA_TENSORS: dict[str, Names] = _MODEL | {"embed/embedding": ("model.embed_tokens.weight",)}
 
 ARCHITECTURES = {
     "gla": Architecture(

@@ -52,7 +52,7 @@ def import_model(source: Path, workdir: Path, *, log: Log = lambda _: None) -> C
         if tokenizer not in copied:
             log(f"{source} has no tokenizer.json or tokenizer.model; put one into {workdir} before you use text.")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(workdir / tokenizer)))
-        (partial / "config.json").write_text(json.dumps(as_dict(config), indent=2) + "\n", encoding="utf-8")
+        _write_json(partial / "config.json", as_dict(config))
         write_params(partial / "checkpoints", params)
     return config
 
@@ -100,7 +100,7 @@ def export_model(
 
     with _all_or_nothing(target) as partial:
         theirs |= _write_tokenizer(config, partial, log)
-        (partial / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+        _write_json(partial / "config.json", theirs)
         writer = FolderWriter(partial, shapes, np.dtype(jnp.dtype(dtype)))
         for path, array in iterate_params(workdir / "checkpoints", abstract, log):
             found = places["/".join(path)]
@@ -139,6 +139,10 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def _copy_files(source: Path, target: Path) -> list[str]:
     """Copy the tokeniser's files and return their names."""
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -151,9 +155,9 @@ def _write_tokenizer(config: Config, target: Path, log: Log) -> dict[str, Any]:
     """Write the files of the run's tokeniser, and return what config.json says of it."""
     path = Path(config.data.tokenizer)
     if config.data.tokenizer == "bytes":
-        (target / "tokenizer.json").write_text(json.dumps(_bytes_as_bpe()), encoding="utf-8")
+        _write_json(target / "tokenizer.json", _bytes_as_bpe())
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _END, "bos_token": _END}
-        (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_json(target / "tokenizer_config.json", settings)
     elif not path.is_file():
         log(f"data.tokenizer={config.data.tokenizer!r} is not there; so the directory has no tokeniser.")
         return {}
@@ -164,8 +168,7 @@ def _write_tokenizer(config: Config, target: Path, log: Log) -> dict[str, Any]:
         if path.suffix == ".json":
             (target / "tokenizer.model").unlink(missing_ok=True)
         if path.suffix != ".json" and not (target / "tokenizer_config.json").exists():
-            settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
-            (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            _write_json(target / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": True})
     end = load_tokenizer(config.data.tokenizer).end_of_document
     ids = {"bos_token_id": end, "eos_token_id": end}
     with contextlib.suppress(OSError, ValueError):  # what a model came with knows better

@@ -13,7 +13,7 @@ from gla_jax.models.language_model import layer_mixers
 _ROWS = 2048
 _UNUSED_OPTIONS = ("implementation", "chunk_size", "cache_length")
 """Options of mixers that say how something is computed, not what."""
-_NOT_SET = (None, False, [], {}, "")
+_NOT_SET: tuple[Any, ...] = (None, False, [], {}, "")
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -158,7 +158,7 @@ def _tokenizer_file(folder: Path) -> str:
 def _with_rotary_base(path: Path, theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with `rope_theta` outside of `rope_parameters`, where newer files have it."""
     for name in ("rope_parameters", "rope_scaling"):
-        rotary = theirs.get(name)
+        rotary: Any = theirs.get(name)
         if rotary in _NOT_SET:
             continue
         kind = rotary.get("rope_type", rotary.get("type")) if isinstance(rotary, dict) else rotary

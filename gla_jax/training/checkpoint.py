@@ -7,6 +7,7 @@ by which one that lost something later is known.
 """
 
 import asyncio
+import functools
 import itertools
 import json
 import math
@@ -241,10 +242,15 @@ def iterate_params(
             restore_args=jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray, dtype=x.dtype), alone),
             partial_restore=True,
         )
-        items = _read_newest(folder, lambda path, arguments=arguments: {_best_params(path): arguments}, log)
+        targets = functools.partial(_only_params, arguments=arguments)
+        items = _read_newest(folder, targets, log)
         if items is None:
             raise ConfigError(f"{folder} holds no checkpoint yet.")
         yield keys, np.asarray(jax.tree.leaves(items.get("ema") or items["params"])[0])
+
+
+def _only_params(path: Path, *, arguments: Any) -> dict[str, Any]:
+    return {_best_params(path): arguments}
 
 
 def _best_params(path: Path) -> str:

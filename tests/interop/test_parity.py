@@ -19,7 +19,11 @@ from gla_jax.interop.translation import read_config
 from gla_jax.models import abstract_model, bind
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
-NAMES = sorted(path.name for path in FIXTURES.iterdir())
+# The ones that are not long have, between them, every kind of layer.
+QUICK = ("gla_hybrid", "retnet")
+NAMES = [
+    pytest.param(path.name, marks=() if path.name in QUICK else pytest.mark.long) for path in sorted(FIXTURES.iterdir())
+]
 
 
 def assert_close(found, expected, name):
@@ -82,7 +86,7 @@ def test_logits_loss_and_every_gradient(name):
     assert not expected
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "gla_original"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.values[0] != "gla_original"])
 def test_tokens_decoded_from_a_state(name):
     reference, _, graphdef, params = opened(name)
     call = quick_jit(lambda params, input_ids, state: bind(graphdef, params)(input_ids, state))
