@@ -32,7 +32,7 @@ _DEVICES = flags.DEFINE_integer("devices", None, "Compile for so many simulated 
 _GPU = flags.DEFINE_enum("gpu", "H100", sorted(_GPUS), "With --devices: the GPUs that they stand in for.")
 _FIT = flags.DEFINE_bool("fit", False, "Find the largest data.batch_size that fits: compiles several times.")
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON.")
-_FAST = flags.DEFINE_bool("fast", False, "Compile with less effort: sooner, with more memory and less overlap.")
+_FAST = flags.DEFINE_bool("fast", False, "For TPUs, compile with less effort: sooner, with more memory, less overlap.")
 
 
 def main(overrides: dict[str, str]) -> int:
