@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.inference.sampling import sample
-from gla_jax.parallel.sharding import axis_size, shard
+from gla_jax.parallel.sharding import axis_size, shard, whole_rows
 
 
 def generate(
@@ -78,6 +78,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "top_k", "top_p", "end_token"))
+@whole_rows()
 def _generate(
     graphdef: Any, params: Any, tokens: jax.Array, starts: jax.Array, key: jax.Array, temperature: jax.Array, *,
     max_tokens: int, top_k: int, top_p: float, end_token: int | None,

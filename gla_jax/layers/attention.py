@@ -14,7 +14,7 @@ from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.parallel import sequence
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, share, zeros
 from pallas_kernels.target import target
 
 State = dict[str, jax.Array]
@@ -119,6 +119,7 @@ class Attention(nnx.Module):
             ValueError: the state has not enough room for the tokens, as far as that can be seen while tracing.
         """
         self._check_room(x.shape[1], state)
+        x = share(x, "heads", "batch", "time", None)
         wide = out_sharding("batch", "time", "heads")
         heads = lambda projected: projected.reshape(*x.shape[:2], -1, self.head_size)
         query, key, value = (heads(layer(x, out_sharding=wide)) for layer in (self.query, self.key, self.value))

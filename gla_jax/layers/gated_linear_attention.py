@@ -11,7 +11,7 @@ from flax import nnx
 from gla_jax.config import ConfigError
 from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.recurrent_attention import RecurrentAttention, RecurrentAttentionOptions
-from gla_jax.parallel.sharding import out_sharding
+from gla_jax.parallel.sharding import out_sharding, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class GatedLinearAttention(RecurrentAttention):
     def _forget_gate(self, x: jax.Array) -> jax.Array:
         """Return g [B, T, H_kv, K] in the compute dtype."""
         low_rank = self.forget_gate_down(x, out_sharding=out_sharding("batch", "time", None))
+        low_rank = share(low_rank, "heads", "batch", "time", None)
         logits = self.forget_gate_up(low_rank, out_sharding=out_sharding("batch", "time", "heads"))
         return recomputed(self._log_decay)(logits).reshape(*x.shape[:2], self.num_kv_heads, self.key_size)
 

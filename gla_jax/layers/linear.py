@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from gla_jax.layers.recompute import recomputed
-from gla_jax.parallel.sharding import axis_size
+from gla_jax.parallel.sharding import axis_size, gather_weight
 
 
 class Linear(nnx.Linear):
@@ -15,17 +15,22 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
         """Map inputs [B, T, features] to [B, T, features]."""
         # Only the product itself has to be done: a gradient needs the inputs and the kernel as they came, neither cast
-        # nor in rows, and shares them with whoever else keeps them.
+        # nor in rows nor gathered, and shares them with whoever else keeps them.
         return recomputed(lambda inputs: self._multiply(inputs, out_sharding))(inputs)
 
     def _multiply(self, inputs: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
-        if inputs.ndim != 3 or axis_size("time") > 1:
-            return super().__call__(inputs, out_sharding=out_sharding)
-        # As one long list of rows: the gradient of the kernel then sums over one axis. Over two of them, XLA transposes
-        # both factors on the CPU, which costs more than the product.
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        flat_sharding = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
-        return super().__call__(rows, out_sharding=flat_sharding).reshape(*inputs.shape[:-1], -1)
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        kernel = gather_weight(kernel, *self.kernel.axes)
+        shape = inputs.shape
+        if axis_size("time") == 1:
+            # As one long list of rows: the gradient of the kernel then sums over one axis. Over two of them, XLA
+            # transposes both factors on the CPU, which costs more than the product.
+            inputs = inputs.reshape(-1, shape[-1])
+            out_sharding = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
+        last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
+        y = jax.lax.dot_general(inputs, kernel, last_with_first, out_sharding=out_sharding)
+        return (y if bias is None else y + bias).reshape(*shape[:-1], -1)
 
 
 def linear(

@@ -15,7 +15,7 @@ from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.short_convolution import ShortConvolution
 from gla_jax.parallel import sequence
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, share, zeros
 from pallas_kernels.selective_scan import IMPLEMENTATIONS, selective_scan_step
 
 State = dict[str, jax.Array]
@@ -139,13 +139,14 @@ class Mamba(nnx.Module):
             y [B, T, D] in the compute dtype, and the state after the last token.
         """
         past: dict[str, Any] = {} if state is None else state
+        x = share(x, "heads", "batch", "time", None)
         wide = out_sharding("batch", "time", "heads")
         u, convolution = self.convolution(
             self.input(x, out_sharding=wide), past.get("convolution"), segment_ids=segment_ids
         )
         selection = self.selection(u, out_sharding=out_sharding("batch", "time", None))
         low_rank, B, C = jnp.split(selection, [self.rank, self.rank + self.options.state_size], axis=-1)
-        delta = self.step_size(low_rank, out_sharding=wide)
+        delta = self.step_size(share(low_rank, "heads", "batch", "time", None), out_sharding=wide)
         out, recurrent = self._scan(u, delta, B, C, past.get("recurrent"), segment_ids)
         out = out * jax.nn.silu(self.gate(x, out_sharding=wide))
         y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.recompute import recomputed
-from gla_jax.parallel.sharding import out_sharding
+from gla_jax.parallel.sharding import out_sharding, share
 
 
 def default_intermediate_size(hidden_size: int) -> int:
@@ -50,6 +50,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x [B, T, D] to [B, T, D]."""
         wide = out_sharding("batch", "time", "mlp")
+        x = share(x, "mlp", "batch", "time", None)
         hidden = _gated(self.gate(x, out_sharding=wide), self.up(x, out_sharding=wide))
         return self.down(hidden, out_sharding=out_sharding("batch", "time", "hidden"))
 

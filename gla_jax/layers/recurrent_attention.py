@@ -20,7 +20,7 @@ from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.layers.short_convolution import ShortConvolution
 from gla_jax.parallel import sequence
-from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, zeros
+from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, share, zeros
 from pallas_kernels.gated_linear_attention import IMPLEMENTATIONS, gated_linear_attention_step
 
 State = dict[str, Any]
@@ -175,6 +175,8 @@ class RecurrentAttention(nnx.Module):
         Returns:
             y [B, T, D] in the compute dtype, and the state after the last token.
         """
+        log_decay = self._forget_gate(x)
+        x = share(x, "heads", "batch", "time", None)
         wide = out_sharding("batch", "time", "heads")
         projected = {
             "query": self.query(x, out_sharding=wide),
@@ -191,7 +193,7 @@ class RecurrentAttention(nnx.Module):
 
         heads = lambda x, count: x.reshape(*x.shape[:2], count, -1)
         query, key, value = heads(query, self.num_heads), heads(key, self.num_kv_heads), heads(value, self.num_kv_heads)
-        out, state = self._recur(query, key, value, self._forget_gate(x), state, segment_ids, positions)
+        out, state = self._recur(query, key, value, log_decay, state, segment_ids, positions)
 
         gate = None if self.output_gate is None else self.output_gate(x, out_sharding=wide)
         out = recomputed(self._gated_norm)(out, gate)

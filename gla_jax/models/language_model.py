@@ -16,7 +16,7 @@ from gla_jax.layers.check import check_one_of
 from gla_jax.layers.linear import linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
-from gla_jax.parallel.sharding import in_mesh, out_sharding, shard
+from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -54,7 +54,7 @@ class Embedding(nnx.Module):
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Look up input_ids [B, T]; the result is [B, T, D], NaN for ids outside the table."""
         # The table is cast after the look-up, so that the gradients of a frequent token are summed in float32.
-        table = shard(self.embedding[...], "vocab", None)
+        table = gather_weight(self.embedding[...], "vocab", "embed")
         sharding = out_sharding("batch", "time", "hidden") if in_mesh() else None
         rows = table.at[input_ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
         return rows.astype(self.dtype)

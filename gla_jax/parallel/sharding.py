@@ -5,8 +5,10 @@ the mesh. This module alone knows which mesh axis serves which name. Outside a m
 function here is the identity, so the same layer runs anywhere.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,19 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+_rows_are_whole = contextvars.ContextVar("rows_are_whole", default=False)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Leave rows uncut along time inside, whatever the mesh: for rows of a token or two, which cannot be cut."""
+    token = _rows_are_whole.set(True)
+    try:
+        yield
+    finally:
+        _rows_are_whole.reset(token)
+
+
 def in_mesh() -> bool:
     """Say whether a mesh has been set (`jax.set_mesh`) whose axes are explicit, as all code here wants them."""
     return bool(jax.sharding.get_abstract_mesh().explicit_axes)
@@ -38,7 +53,7 @@ def in_mesh() -> bool:
 def mesh_axes(*names: str | None) -> tuple[str, ...]:
     """Return the axes of the current mesh that serve these logical names; axes that cut nothing are left out."""
     shape = jax.sharding.get_abstract_mesh().shape if in_mesh() else {}
-    return tuple(axis for name in names if name is not None for axis in RULES[name] if shape.get(axis, 1) > 1)
+    return tuple(axis for name in names if name is not None for axis in _rule(name) if shape.get(axis, 1) > 1)
 
 
 def axis_size(name: str) -> int:
@@ -67,6 +82,40 @@ def named_sharding(*axes: str | None) -> NamedSharding | None:
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lay `x` out by its logical axes; the identity outside a mesh."""
     return jax.sharding.reshard(x, spec(*axes)) if in_mesh() else x
+
+
+def share(x: jax.Array, name: str, *axes: str | None) -> jax.Array:
+    """Say that all devices along an axis use `x`, each for its own part of something that `name` cuts.
+
+    Its gradients, one for each use, are then added up on each device first and over the devices once.
+
+    Args:
+        x: laid out by its logical axes.
+        name: what the parts are of, e.g. "heads".
+        axes: of x.
+    """
+    users = mesh_axes(name)
+    return jax.sharding.reshard(x, PartitionSpec(*spec(*axes), reduced=set(users))) if users else x
+
+
+def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """Return a weight as products with tokens use it: whole along "embed", whatever devices hold of it.
+
+    Its gradient is added up over the devices with other tokens, and left where the weight is held: along the axis that
+    cuts it that is a reduce-scatter, and only what is left goes over the other axes.
+
+    Args:
+        weight: laid out by its logical axes.
+        axes: their names.
+    """
+    tokens, held = mesh_axes("batch", "time"), spec(*axes)
+    if not tokens:
+        return weight
+    apart = {axis for axis in tokens if axis not in mesh_axes("embed")}
+    used = spec(*(None if name == "embed" else name for name in axes))
+    if apart:
+        weight = jax.sharding.reshard(weight, PartitionSpec(*held, reduced=apart))
+    return jax.sharding.reshard(weight, PartitionSpec(*used, reduced=set(tokens)))
 
 
 def zeros(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.Array:
@@ -140,6 +189,10 @@ def shard_count(name: str) -> int:
 
 
 def manual_axes(*names: str) -> tuple[str, ...]:
-    """Return the axes of the mesh that serve these names, for collectives inside `per_shard`; none outside a mesh."""
-    present = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(axis for name in names for axis in RULES[name] if axis in present)
+    """Return the axes that serve these names, for collectives inside `per_shard`; only those that cut something."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(a for name in names for a in _rule(name) if a in mesh.manual_axes and mesh.shape[a] > 1)
+
+
+def _rule(name: str) -> tuple[str, ...]:
+    return () if name == "time" and _rows_are_whole.get() else RULES[name]
