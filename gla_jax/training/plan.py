@@ -191,7 +191,8 @@ def largest_batch(
 def most_rows(needed: Callable[[int], int], limit: int, rows: int) -> int:
     """Find the largest number whose need is within a limit, in few tries, as each may take minutes.
 
-    The need grows about linearly: each try is where the line through the two before it meets the limit.
+    The need grows about linearly: each try is where a line meets the limit, the one through the nearest tries on both
+    sides of it, or else through the last two.
 
     Args:
         needed: grows with its argument, which is 1 or more.
@@ -202,16 +203,16 @@ def most_rows(needed: Callable[[int], int], limit: int, rows: int) -> int:
         The largest number that may be; 0 if not even 1.
     """
     fits, does_not = 0, math.inf
-    tries: list[tuple[int, int]] = []
+    known = {0: 0}
     while does_not - fits > 1:
-        tries.append((rows, needed(rows)))
-        if tries[-1][1] <= limit:
+        known[rows] = needed(rows)
+        if known[rows] <= limit:
             fits = rows
         else:
             does_not = rows
-        (before, need_before), (last, need) = tries[-2] if len(tries) > 1 else (0, 0), tries[-1]
-        slope = (need - need_before) / (last - before)
-        guess = last + (limit - need) / slope if slope > 0 else 2 * last
+        low, high = (fits, int(does_not)) if fits and does_not < math.inf else list(known)[-2:]
+        slope = (known[high] - known[low]) / (high - low)
+        guess = high + (limit - known[high]) / slope if slope > 0 else 2 * rows
         rows = int(min(max(guess, fits + 1), does_not - 1))
     return fits
 

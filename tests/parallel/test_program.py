@@ -90,7 +90,7 @@ def test_asynchronous_wrappers_and_all_reduces_are_read() -> None:
     )
     text = program(
         "%s = ((bf16[64,128]{1,0}), bf16[16,128]{1,0}, u32[]) async-start(%x), calls=%wrapped",
-        f"%t = (f32[8]{{0}}, bf16[4]{{0}}) all-reduce-start(%y, %z), replica_groups={{{{0,1}},{{2,3}}}}",
+        "%t = (f32[8]{0}, bf16[4]{0}) all-reduce-start(%y, %z), replica_groups={{0,1},{2,3}}",
         WORK,
         "%d = bf16[16,128]{1,0} async-done(%s)",
         "%e = (f32[8]{0}, bf16[4]{0}) all-reduce-done(%t)",
