@@ -122,9 +122,10 @@ def describe(plan: "Plan") -> str:
         ),
         *([] if plan.collectives else ["  none"]),
     ]
+    runs = ", ".join(f"{name} {count:,} times" for name, count in plan.kernels.items())
+    lines += ["", f"Pallas kernels in it: {runs or 'none'}."]
     if plan.seconds_at_peak is not None:
         lines += [
-            "",
             f"No step is faster than {plan.seconds_at_peak:.3g} s: {plan.flops:.3g} FLOPs of the model at the "
             "peak of the devices.",
         ]

@@ -5,6 +5,7 @@ names a loop once; here what is in it counts as often as it runs. Nothing is exe
 difference whether the devices exist.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -71,10 +72,12 @@ def read_collectives(text: str) -> list[Collective]:
     Returns:
         One entry for each place, in the order of the program. Groups of one device are left out.
     """
-    computations, entry = _parse(text)
-    reader = _Reader(computations)
-    reader.walk(entry, 1)
-    return [dataclasses.replace(found) for found in reader.found if found.group_size > 1]
+    return [found for found in _read(text).found if found.group_size > 1]
+
+
+def read_kernels(text: str) -> dict[str, int]:
+    """Return how often each Pallas kernel of a program runs, by its name; `text` is `compiled.as_text()`."""
+    return dict(_read(text).kernels)
 
 
 def summarize(collectives: Iterable[Collective]) -> dict[str, dict[str, int]]:
@@ -103,6 +106,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]")
 # What takes time on the units that compute; copies and the ends of other transfers do not.
 _WORK = {"fusion", "dot", "convolution", "while", "conditional", "call", "reduce", "scatter", "sort", "custom-call"}
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "AsyncCollective")
+_PALLAS = re.compile(r'custom_call_target="(tpu_custom_call|mosaic_gpu)')
 _LEAST_WORK = 4096  # bytes of result: what is smaller, a loop's counter for instance, takes no time
 
 
@@ -133,11 +137,19 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
+def _read(text: str) -> "_Reader":
+    computations, entry = _parse(text)
+    reader = _Reader(computations)
+    reader.walk(entry, 1)
+    return reader
+
+
 class _Reader:
     """Walks a program in the order of its run."""
 
     def __init__(self, computations: dict[str, list[_Instruction]]):
         self.found: list[Collective] = []
+        self.kernels: collections.Counter[str] = collections.Counter()
         self._computations = computations
         self._open: dict[str, int] = {}
         """Collectives on their way: what tells their end, and where in `found` they are."""
@@ -167,6 +179,8 @@ class _Reader:
                 self._begin(instruction, count, None if kind == opcode else instruction.name)
             elif _is_work(instruction):
                 self._note_work()
+            if opcode == "custom-call" and _PALLAS.search(instruction.rest):
+                self.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += count
 
     def _read_fusion(self, fusion: _Instruction, count: int) -> None:
         """Read a fusion, which on TPUs may hold a collective: its start, its end, or a part of it beside other work."""

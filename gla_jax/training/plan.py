@@ -17,7 +17,7 @@ from gla_jax.data.pipeline import open_tokenizer
 from gla_jax.hardware import GIB, find_device
 from gla_jax.models import abstract_model, bind
 from gla_jax.parallel.mesh import check_batch, make_mesh, resolve_sizes
-from gla_jax.parallel.program import read_collectives, read_memory, summarize
+from gla_jax.parallel.program import read_collectives, read_kernels, read_memory, summarize
 from gla_jax.parallel.sharding import axis_size, named_sharding
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import abstract_state
@@ -56,6 +56,8 @@ class Plan:
     """parameters, optimizer, batch (and the padding of all three), temporary, program, their sum peak, available."""
     collectives: dict[str, dict[str, int]]
     """By kind: count, bytes_sent, bytes_sent_overlapped; see `gla_jax.parallel.program.summarize`."""
+    kernels: dict[str, int]
+    """How often each Pallas kernel runs."""
     effort: str
     """The compiler's: "full" or "fast"."""
     compile_seconds: float
@@ -110,7 +112,7 @@ def make_plan(
                 raise
             raise refuse(needed, device.memory) from None
         seconds = time.perf_counter() - start
-        memory = read_memory(compiled)
+        memory, text = read_memory(compiled), compiled.as_text()
         if device is not None and memory.peak > device.memory:
             raise refuse(memory.peak, device.memory)
         tokens = config.data.batch_size * config.data.sequence_length
@@ -135,7 +137,8 @@ def make_plan(
             "peak": memory.peak,
         }
         | ({} if device is None else {"available": device.memory}),
-        collectives=summarize(read_collectives(compiled.as_text())),
+        collectives=summarize(read_collectives(text)),
+        kernels=read_kernels(text),
         effort="fast" if fast else "full",
         compile_seconds=seconds,
         versions=_versions(kind),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from gla_jax.parallel.program import Collective, read_collectives, read_memory, summarize
+from gla_jax.parallel.program import Collective, read_collectives, read_kernels, read_memory, summarize
 
 P = jax.P
 
@@ -141,6 +141,20 @@ def test_the_fusions_of_tpus_are_read() -> None:
         Collective("all-gather", 1024 * 512 * 2, 16, 1, True, "jit(step)/head"),
         Collective("reduce-scatter", 2048 * 512 * 4, 16, 24, False, ""),
     ]
+
+
+def test_kernels_are_counted_as_often_as_they_run() -> None:
+    call = '{} = bf16[2,64]{{1,0}} custom-call(%q), custom_call_target="{}", backend_config={{}}'
+    loop = 'while(%t), condition=%none, body=%body, backend_config={"known_trip_count":{"n":"24"}}'
+    text = program(
+        call.format("%gla_forward.2", "tpu_custom_call"),
+        f"%loop = (s32[]) {loop}",
+        call.format("%buffer", "AllocateBuffer"),
+        others="\n".join(
+            ["%body (t: (s32[])) -> (s32[]) {", "  " + call.format("%gla_forward", "tpu_custom_call"), "}"]
+        ),
+    )
+    assert read_kernels(text) == {"gla_forward": 25}
 
 
 def test_memory_is_what_the_arrays_take(mesh: jax.sharding.Mesh) -> None:
