@@ -23,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.target import target
+
 FLOAT32 = jnp.float32
 
 
@@ -69,7 +71,7 @@ class Cut(NamedTuple):
 def _cut_of(shape, chunk_size):
     """Choose the cut for a query of this shape: spans with work enough for the machine, and little padding."""
     batch, time, heads, _ = shape
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = target().platform == "cpu"
     chunk = min(chunk_size or (32 if on_cpu else 64), 1 << (time - 1).bit_length())
     chunks = -(-time // chunk)
     at_once = max(1, (2**11 if on_cpu else 2**14) // (batch * heads * chunk))
