@@ -31,13 +31,13 @@ def main(overrides: dict[str, str]) -> int | str:
 
     config = load(_CONFIG.value, overrides)
     from gla_jax.parallel.mesh import join_cluster
-    from gla_jax.training import NonFiniteError, train
+    from gla_jax.training import DivergedError, train
 
     if _DISTRIBUTED.value != "off":
         join_cluster(required=_DISTRIBUTED.value == "on")
     try:
         outcome = train(config, _WORKDIR.value)
-    except NonFiniteError as error:
+    except DivergedError as error:
         return str(error)
     if outcome.stopped_by is None:
         return 0

@@ -102,6 +102,10 @@ class OptimizerConfig:
     """Decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept."""
     z_loss: float = 0.0
     """Coefficient of mean(log Z)^2."""
+    spike_policy: str = "none"
+    """Of steps whose loss or gradient norm leaps: "stop" the run, "skip" the update and count it, or "none"."""
+    spike_sigmas: float = 6.0
+    """How many standard deviations above the mean of the last 128 steps is a leap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,6 +434,7 @@ _LEAST = {
     "optimizer.clip_norm": 0,
     "optimizer.accumulation_steps": 1,
     "optimizer.z_loss": 0,
+    "optimizer.spike_sigmas": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "eval.every": 0,
@@ -442,6 +447,7 @@ _LEAST = {
 }
 _CHOICES = {
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "optimizer.spike_policy": ("none", "stop", "skip"),
     "dtype.params": ("float32", "bfloat16"),
     "dtype.compute": ("float32", "bfloat16"),
 }

@@ -23,14 +23,17 @@ from gla_jax.training.interruption import Interruption
 from gla_jax.training.metrics import MetricsWriter
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.profiling import ProfileWindow
+from gla_jax.training.stalls import StallWatch
 from gla_jax.training.state import Params, TrainState, abstract_state, init_state
 from gla_jax.training.step import Metrics, make_eval_step, make_train_step
 from gla_jax.training.throughput import Throughput
 from gla_jax.training.workdir import Workdir, read_config
 
+_MOST_SKIPPED = 32  # steps in a row
 
-class NonFiniteError(FloatingPointError):
-    """The loss or the gradient of a step is not a finite number."""
+
+class DivergedError(FloatingPointError):
+    """The loss or the gradient of a step is not a finite number, or leaps where the config says to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
 
     Raises:
         ConfigError: a mistake of the user's; nothing was compiled or overwritten.
-        NonFiniteError: the run diverged; its newest checkpoint is from before that.
+        DivergedError: the run diverged; its newest checkpoint is from before that.
     """
     with contextlib.ExitStack() as stack:
         mesh = make_mesh(config.mesh, devices)
@@ -97,12 +100,13 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
         metrics = stack.enter_context(MetricsWriter(folder, config, start=start))
         profile = stack.enter_context(ProfileWindow(config.profile, folder.profile))
         interruption = stack.enter_context(Interruption())
+        stalls = stack.enter_context(StallWatch(display.say))
         log = _StepLog(config, start, metrics, display, throughput)
         batches = data.train_batches(start)
         step, stopping, evaluation = start, False, {}
 
         for step in range(start + 1, config.steps + 1):
-            with throughput.waiting_for_data():
+            with throughput.waiting_for_data(), stalls.waiting(step):
                 rows = next(batches)
             batch = place_batch(rows, config.data.batch_size)
             with profile.step(step), jax.transfer_guard("disallow"):
@@ -156,6 +160,8 @@ class _StepLog:
         self._config, self._metrics, self._display, self._throughput = config, metrics, display, throughput
         self._start = start
         self._newest: tuple[int, Metrics] | None = None
+        self._spikes: float | None = None if start else 0.0
+        self._skipped = 0
         display.begin(start)
 
     def add(self, step: int, measured: Metrics) -> None:
@@ -168,7 +174,7 @@ class _StepLog:
         newest, self._newest = self._newest, None
         self._write(newest)
 
-    def report(self, step: int, metrics: Mapping[str, float], timings: Numbers) -> None:
+    def report(self, step: int, metrics: Numbers, timings: Numbers) -> None:
         """Write and show figures."""
         self._metrics.write(step, metrics, timings)
         self._display.report(step, metrics, timings)
@@ -177,18 +183,32 @@ class _StepLog:
         if entry is None:
             return
         step, measured = entry[0], {name: float(value) for name, value in jax.device_get(entry[1]).items()}
-        if not all(math.isfinite(value) for value in measured.values()):
-            raise NonFiniteError(
-                f"Step {step} has loss {measured['loss']} and gradient norm {measured['grad_norm']}: training stops; "
-                "the newest checkpoint is from before. A smaller optimizer.learning_rate or optimizer.clip_norm, or a "
-                "longer optimizer.warmup_steps may help."
-            )
+        self._check(step, measured)
         self._display.advance(step, measured["loss"])
         if step % self._config.log.every == 0 or step in (1, self._config.steps):
             order = ("loss", "grad_norm", "learning_rate", *sorted(measured))
-            self.report(step, {name: measured[name] for name in order}, self._throughput.read(step))
+            figures = {name: measured[name] if math.isfinite(measured[name]) else None for name in order}
+            self.report(step, figures, self._throughput.read(step))
         elif step == self._start + 1:
             self._throughput.restart(step)  # what came before was compilation
+
+    def _check(self, step: int, measured: Mapping[str, float]) -> None:
+        """Stop at a step that has spoilt the state or leaps, or say that it was skipped, as the config wants it."""
+        policy, spikes = self._config.optimizer.spike_policy, measured.get("spikes", 0.0)
+        leaps, self._spikes = self._spikes is not None and spikes > self._spikes, spikes
+        figures = f"loss {measured['loss']:.6g} and gradient norm {measured['grad_norm']:.6g}"
+        finite = all(math.isfinite(value) for value in measured.values())
+        if policy != "skip" and (leaps or not finite):
+            raise DivergedError(
+                f"Step {step} has {figures}{', which leap' if finite else ''}: training stops; "
+                "the newest checkpoint is from before. A smaller optimizer.learning_rate or optimizer.clip_norm, a "
+                "longer optimizer.warmup_steps, or optimizer.spike_policy='skip' from the beginning may help."
+            )
+        self._skipped = self._skipped + 1 if leaps else 0
+        if leaps:
+            self._display.say(f"Step {step} is skipped: it has {figures}, which leap.")
+        if self._skipped == _MOST_SKIPPED:
+            raise DivergedError(f"The last {_MOST_SKIPPED} steps were all skipped: training stops, as it is of no use.")
 
 
 def _evaluate(config: Config, data: Data, eval_step: EvalStep, state: TrainState) -> dict[str, float]:

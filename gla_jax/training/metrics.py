@@ -38,12 +38,12 @@ class MetricsWriter:
         if config.log.wandb_project is not None:
             self._wandb = _start_wandb(workdir, config, config.log.wandb_project)
 
-    def write(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float | None]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | None], timings: Mapping[str, float | None]) -> None:
         """Write one line about a step to each file.
 
         Args:
             step: counted from 1.
-            metrics: what the config decides.
+            metrics: what the config decides; None where it is no finite number.
             timings: what the clock says; None where there is no figure.
         """
         for file, figures in ((self._metrics, metrics), (self._timings, timings)):

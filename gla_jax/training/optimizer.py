@@ -6,6 +6,7 @@ import optax
 
 from gla_jax.config import OptimizerConfig
 from gla_jax.models import decay_mask
+from gla_jax.training.spikes import notice_spikes
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -30,8 +31,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return AdamW after clipping by the global norm; weight decay is applied to `decay_mask` alone."""
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Return AdamW after clipping by the global norm; weight decay is applied to `decay_mask` alone.
+
+    Its `update` takes the step's `loss` and `grad_norm` besides, for `optimizer.spike_policy`.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -41,4 +45,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mask=decay_mask,
         mu_dtype=jnp.float32,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if config.spike_policy == "none":
+        return optax.with_extra_args_support(optimizer)
+    return notice_spikes(optimizer, config.spike_sigmas, skip=config.spike_policy == "skip")

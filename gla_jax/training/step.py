@@ -11,6 +11,7 @@ from gla_jax.config import Config
 from gla_jax.models import bind
 from gla_jax.training.loss import cross_entropy
 from gla_jax.training.optimizer import make_schedule
+from gla_jax.training.spikes import SpikeState
 from gla_jax.training.state import Params, TrainState, to_float32
 
 Batch = dict[str, jax.Array]
@@ -18,7 +19,7 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTransformation) -> TrainStep:
+def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTransformationExtraArgs) -> TrainStep:
     """Return the compiled step (state, batch) -> (state, metrics), which gives its first argument's memory up.
 
     Args:
@@ -28,7 +29,8 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
 
     Returns:
         A function of the state and a batch of arrays [B, T]: inputs, targets, segment_ids, positions, weights. The
-        metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate, and z_loss.
+        metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate; z_loss, and
+        spikes (how many up to here), if the config asks for them.
     """
     schedule = make_schedule(config.optimizer, config.steps)
 
@@ -57,17 +59,16 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         tokens = jnp.maximum(sums["weight"], 1)
         gradient = jax.tree.map(lambda x: x / tokens, gradient)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        loss, grad_norm = sums["nll"] / tokens, optax.tree.norm(gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, loss=loss, grad_norm=grad_norm)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
             decay = config.optimizer.ema_decay
             ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
-        metrics = {
-            "loss": sums["nll"] / tokens,
-            "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": schedule(state.step),
-        }
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": schedule(state.step)}
+        if isinstance(opt_state, SpikeState):
+            metrics["spikes"] = opt_state.spikes.astype(jnp.float32)
         if config.optimizer.z_loss:
             metrics["z_loss"] = sums["z_loss"] / tokens
         return TrainState(state.step + 1, params, opt_state, state.rng, ema), metrics

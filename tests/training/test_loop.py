@@ -15,7 +15,7 @@ from tiny_config import get_config
 
 from gla_jax.config import Config, ConfigError, build, override
 from gla_jax.data import Data
-from gla_jax.training import NonFiniteError, Outcome, loop
+from gla_jax.training import DivergedError, Outcome, loop
 from gla_jax.training.display import LineDisplay
 from gla_jax.training.workdir import read_config
 
@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spoils_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Data, "train_batches", poisoned)
-        with pytest.raises(NonFiniteError, match="Step 12 has loss nan and gradient norm nan"):
+        with pytest.raises(DivergedError, match="Step 12 has loss nan and gradient norm nan"):
             train(tmp_path)
     # Step 12 is one that would be saved.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000006"]
