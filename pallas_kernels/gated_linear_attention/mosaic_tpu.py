@@ -30,7 +30,7 @@ class Kernels:
 
 
 CHUNK_SIZES = (64, 128, 256)
-SMALLEST_DIM, LARGEST_DIM = 32, 1024
+LARGEST_DIM = 1024
 # The state of one unit of heads, which VMEM holds several times over.
 LARGEST_STATE = 256 * 1024
 
@@ -68,8 +68,8 @@ def unsupported(
         if x.dtype not in (jnp.bfloat16, jnp.float32):
             return f"{name} is {x.dtype}; it must be bfloat16 or float32."
     for name, dim in (("K", query.shape[-1]), ("V", value.shape[-1])):
-        if not SMALLEST_DIM <= dim <= LARGEST_DIM:
-            return f"{name} is {dim}; it must be from {SMALLEST_DIM} to {LARGEST_DIM}."
+        if dim > LARGEST_DIM:
+            return f"{name} is {dim}; it must be at most {LARGEST_DIM}."
     state = _padded_dim(query.shape[-1]) * _padded_dim(value.shape[-1])
     if state > LARGEST_STATE:
         return f"a state of K * V = {state} values is too large for VMEM; {LARGEST_STATE} is the most."

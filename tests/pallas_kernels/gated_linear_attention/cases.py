@@ -1,6 +1,6 @@
 """What every implementation of the op must pass: the cases, the float64 truth, and how close to it is close enough.
 
-An implementation joins by a line in `test_implementations.py` that says which cases it serves.
+An implementation joins by a line in `test_implementations.py`.
 """
 
 import dataclasses

@@ -1,5 +1,7 @@
 """The TPU kernels in the interpreter on the shared cases, and exported for TPU; no TPU or libtpu needed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,21 +17,43 @@ PAIR = {"batch": 1, "time": 260, "heads": 2, "key_dim": 64, "value_dim": 64, "ch
 ONE = {"batch": 1, "time": 140, "heads": 1, "key_dim": 128, "value_dim": 128, "chunk_size": None}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
 def test_every_gate(dtype):
     """Two heads in a unit, documents, both states; the bounded form, the exact one, and rows that need both."""
     for gate in GATES:
         check(Case(**PAIR, dtype=dtype, gate=gate, segments=(0, 37, 50, 200, 260)), "mosaic_tpu", interpret=True)
 
 
+# Grouped heads: all of a grid step share a key; two groups; a group that spans grid steps, two heads each.
+ALL, GROUPS = ONE | {"heads": 2, "kv_heads": 1}, ONE | {"heads": 4, "kv_heads": 2}
+SPANNING = ONE | {"heads": 4, "kv_heads": 1}
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        Case(**ONE, dtype="bfloat16", gate="rare resets"),
-        Case(**ONE, gate="mixed", dtype="bfloat16", gate_dtype="float32", initial_state=False),
-        Case(**ONE | {"heads": 2, "time": 260}, dtype="bfloat16", gate=None, kv_heads=1, segments=(0, 100, 260)),
-        Case(**PAIR, dtype="bfloat16", gate="rare resets", gate_shape="btxK", kv_heads=1),
-        Case(**ONE | {"key_dim": 48, "value_dim": 80}, gate_shape="BThK", final_state_gradient=False),
+        Case(**ALL | {"time": 260}, dtype="bfloat16", gate=None, segments=(0, 100, 260)),
+        Case(**SPANNING, gate="strong", gate_shape="bthK"),
+        *(
+            pytest.param(case, marks=pytest.mark.long)
+            for case in (
+                Case(**ONE, dtype="bfloat16", gate="rare resets"),
+                Case(**ONE, gate="mixed", dtype="bfloat16", gate_dtype="float32", initial_state=False),
+                Case(**ONE | {"key_dim": 48, "value_dim": 80}, gate_shape="BThK", final_state_gradient=False),
+                Case(**PAIR, dtype="bfloat16", gate="rare resets", gate_shape="btxK", kv_heads=1),
+                Case(**PAIR | {"heads": 4}, dtype="bfloat16", gate="mixed", kv_heads=2),
+                Case(**PAIR | {"heads": 4}, dtype="bfloat16", gate="mixed", kv_heads=1),
+                Case(**PAIR | {"heads": 3}, dtype="bfloat16", gate="rare resets", kv_heads=1),
+                Case(**ALL, dtype="bfloat16", gate="rare resets"),
+                Case(**GROUPS, dtype="bfloat16", gate="rare resets", segments=(0, 100, 140)),
+                Case(**GROUPS, dtype="bfloat16", gate_shape="bthK"),
+                Case(**GROUPS, dtype="bfloat16", gate="mixed", gate_shape="btxk"),
+                Case(**SPANNING, gate="mixed"),
+                Case(**SPANNING, gate="rare resets", gate_shape="btxk"),
+                Case(**ONE, dtype="bfloat16", gate_shape="BThk"),
+                Case(**ONE, dtype="bfloat16", gate_shape="BTHK", gate_dtype="float32"),
+            )
+        ),
     ],
     ids=str,
 )
@@ -71,11 +95,29 @@ def test_exports_for_tpu(key_dim, value_dim):
     assert "stablehlo.transpose" not in text
 
 
+def test_shared_keys_reach_the_kernels_as_they_are():
+    """No copy of a key, value or shared gate for every query head, neither forwards nor backwards."""
+    shape = lambda heads, dim: jax.ShapeDtypeStruct((1, 512, heads, dim), jnp.bfloat16)
+    arguments = shape(8, 128), shape(2, 128), shape(2, 256), shape(2, 128)
+
+    def step(dout, *arguments):
+        call = lambda *a: mosaic_tpu.gated_linear_attention(
+            *a, None, None, scale=1.0, chunk_size=None, interpret=False
+        )[0]
+        out, pull = jax.vjp(call, *arguments)
+        return out, pull(dout)
+
+    text = export.export(jax.jit(step), platforms=["tpu"])(shape(8, 256), *arguments).mlir_module()
+    for operands in re.findall(r"@tpu_custom_call.* : \((.*?)\) ->", text):
+        assert operands.startswith(", ".join(f"tensor<1x512x{width}xbf16>" for width in (1024, 256, 512, 256)))
+    assert text.count("@tpu_custom_call") == 2
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"dtype": jnp.float16}, "query is float16; it must be bfloat16 or float32."),
-        ({"key_dim": 16}, "K is 16; it must be from 32 to 1024."),
+        ({"key_dim": 2048}, "K is 2048; it must be at most 1024."),
         (
             {"key_dim": 512, "value_dim": 1024},
             "a state of K * V = 524288 values is too large for VMEM; 262144 is the most.",
