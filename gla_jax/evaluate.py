@@ -1,4 +1,11 @@
-"""Score the newest model of a run on its held-out text: python -m gla_jax.evaluate --workdir=runs/quickstart."""
+"""Score the newest model of a run: on its held-out text, or on tasks of lm-evaluation-harness.
+
+    python -m gla_jax.evaluate --workdir=runs/quickstart
+    python -m gla_jax.evaluate --workdir=DIR --harness --tasks=paper        (needs the extra `eval`)
+
+With --harness DIR may be a Hugging Face directory too. A run that was killed goes on where it was if the same command
+is given again.
+"""
 
 import json
 import sys
@@ -10,9 +17,35 @@ from gla_jax import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _BATCHES = flags.DEFINE_integer("batches", 0, "Score so many batches only; 0: all there are.", lower_bound=0)
+_HARNESS = flags.DEFINE_bool("harness", False, "Run tasks of lm-evaluation-harness; the flags below belong to it.")
+_TASKS = flags.DEFINE_list("tasks", [], 'Names of tasks, with commas between them; "paper" are those of the GLA paper.')
+_INCLUDE_PATH = flags.DEFINE_string("include_path", None, "A folder with tasks of your own, YAML files.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where results go; by default the folder `harness` in --workdir.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Requests at a time, on all devices together.", lower_bound=1)
+_FEW_SHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in a context; by default what the task says.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Run so many documents of each task only.", lower_bound=1)
+_BEGIN = flags.DEFINE_bool(
+    "begin_documents",
+    None,
+    "Put the token that begins documents before every context. By default for runs trained here, which never saw a "
+    "text without; not for imported models, as the harness does not do it for those of Hugging Face.",
+)
 
 
 def main(_: dict[str, str]) -> None:
+    """Print the figures."""
+    from gla_jax.config import ConfigError
+
+    for flag in (_TASKS, _INCLUDE_PATH, _OUTPUT, _FEW_SHOT, _LIMIT, _BEGIN):
+        if not _HARNESS.value and flag.present:
+            raise ConfigError(f"--{flag.name} needs --harness.")
+    if _HARNESS.value:
+        _run_harness()
+    else:
+        _score_held_out()
+
+
+def _score_held_out() -> None:
     """Print the step and the figures as one line of JSON."""
     # Imported here so that --help and mistakes in flags answer at once.
     import jax
@@ -42,6 +75,50 @@ def main(_: dict[str, str]) -> None:
             bytes_per_token=data.eval_bytes_per_token,
         )
     print(json.dumps({"step": step, **figures}))
+
+
+def _run_harness() -> None:
+    """Print the harness's table."""
+    import importlib.util
+
+    import jax
+
+    from gla_jax.config import ConfigError, MeshConfig
+    from gla_jax.data import load_tokenizer
+    from gla_jax.loading import describe_files, load_config, load_model
+    from gla_jax.models.language_model import room_for_tokens
+    from gla_jax.parallel.mesh import make_mesh
+
+    if not _TASKS.value:
+        raise ConfigError("--harness needs --tasks=NAME,...; --tasks=paper takes those of the GLA paper.")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--harness needs the library lm-eval: pip install 'gla-jax[eval]'.")
+    from gla_jax.evaluation.harness import HarnessModel, Journal, run_tasks
+
+    workdir = Path(_WORKDIR.value)
+    output = Path(_OUTPUT.value) if _OUTPUT.value else workdir / "harness"
+    config = load_config(workdir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    begin = (workdir / "metrics.jsonl").is_file() if _BEGIN.value is None else _BEGIN.value
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        owner = json.dumps([describe_files(workdir), tokenizer.fingerprint, _BATCH_SIZE.value, jax.device_count()])
+        model = HarnessModel(
+            load_model(workdir),
+            tokenizer,
+            batch_size=_BATCH_SIZE.value,
+            journal=Journal(output / "answers.jsonl", owner),
+            begin_documents=begin,
+            room=room_for_tokens(config.model),
+        )
+        _, table = run_tasks(
+            model,
+            _TASKS.value,
+            output,
+            include_path=Path(_INCLUDE_PATH.value) if _INCLUDE_PATH.value else None,
+            few_shot=_FEW_SHOT.value,
+            limit=_LIMIT.value,
+        )
+    print(table)
 
 
 if __name__ == "__main__":

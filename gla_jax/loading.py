@@ -58,6 +58,17 @@ def load_config(path: str | Path) -> Config:
     return read_hugging_face_config(path)[0] if is_hugging_face(path) else read_config(path)
 
 
+def describe_files(path: str | Path) -> list[tuple[str, int, int]]:
+    """Return (name, size, time of change) of the files that `load_model` would read first: different for another model.
+
+    Args:
+        path: as for `load_model`.
+    """
+    path = Path(path)
+    found = [path / "config.json", *path.glob("*.safetensors"), *path.glob("checkpoints/*/file_sizes.json")]
+    return sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+
+
 def _read(leaf: jax.ShapeDtypeStruct, parameter: Parameter) -> jax.Array:
     """Read a parameter from its files, every device the part that it holds."""
     sharding: Any = leaf.sharding or _first_device()

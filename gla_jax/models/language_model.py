@@ -295,6 +295,13 @@ def mixer_options(config: ModelConfig, mixer: str) -> Any:
     return MIXERS[mixer].Options(**options) if isinstance(options, Mapping) else options
 
 
+def room_for_tokens(config: ModelConfig) -> int | None:
+    """Return how many tokens the model's state has room for; None: any number."""
+    options = [mixer_options(config, mixer) for mixer in set(layer_mixers(config))]
+    rooms = [each.cache_length for each in options if hasattr(each, "cache_length") and each.window is None]
+    return min(rooms, default=None)
+
+
 def check(config: ModelConfig) -> None:
     """Raise ConfigError, in one sentence, if no model can be made of the config on the current mesh."""
     if config.vocab_size is None:
