@@ -22,7 +22,7 @@ from gla_jax.hardware import DEVICES, GIB
 if TYPE_CHECKING:
     import jax
 
-    from gla_jax.training.plan import Plan
+    from gla_jax.training.planning import Plan
 
 _GPUS = {kind.removeprefix("NVIDIA "): kind for kind in DEVICES if kind.startswith("NVIDIA ")}
 
@@ -45,16 +45,13 @@ def main(overrides: dict[str, str]) -> int:
 
     config = load(_CONFIG.value, overrides)
     devices = _open_devices()
-    from gla_jax.training.plan import DoesNotFitError, largest_batch, make_plan
+    from gla_jax.training.planning import DoesNotFitError, largest_batch, make_plan
 
     stands_for = None if _DEVICES.value is None else _GPUS[_GPU.value]
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    say(f"Compiling for {len(devices)} devices; minutes for large models, fewer with --fast.")
+    make = largest_batch if _FIT.value else make_plan
     try:
-        if _FIT.value:
-            plan = largest_batch(config, devices, say, stands_for=stands_for, fast=_FAST.value)
-        else:
-            plan = make_plan(config, devices, stands_for=stands_for, fast=_FAST.value)
+        plan = make(config, devices, say, stands_for=stands_for, fast=_FAST.value)
     except DoesNotFitError as error:
         if not _JSON.value:
             raise

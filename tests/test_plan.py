@@ -12,8 +12,8 @@ from absl.testing import flagsaver
 
 from gla_jax import plan as command
 from gla_jax.config import ConfigError
-from gla_jax.training import plan as planning
-from gla_jax.training.plan import DoesNotFitError, Plan
+from gla_jax.training import planning
+from gla_jax.training.planning import DoesNotFitError, Plan
 
 GIB = 2**30
 PLAN = Plan(
@@ -83,7 +83,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 
 def test_json_is_one_line_with_everything(run) -> None:
-    code, printed = run(lambda config, devices, **_: PLAN, "--devices=8", "--json")
+    code, printed = run(lambda config, devices, say, **_: PLAN, "--devices=8", "--json")
     assert code == 0 and printed.count("\n") == 1
     figures = json.loads(printed)
     assert figures.pop("fits") is True
@@ -93,7 +93,7 @@ def test_json_is_one_line_with_everything(run) -> None:
 def test_what_is_asked_for_is_what_is_planned(run) -> None:
     asked = {}
 
-    def make_plan(config, devices, **options):
+    def make_plan(config, devices, say, **options):
         asked.update(options, devices=len(devices), batch_size=config.data.batch_size)
         return PLAN
 
@@ -103,7 +103,7 @@ def test_what_is_asked_for_is_what_is_planned(run) -> None:
 
 
 def test_what_does_not_fit_is_one_sentence_and_for_scripts_json(run) -> None:
-    def refuse(config, devices, **options):
+    def refuse(config, devices, say, **options):
         raise DoesNotFitError("It does not fit.", 17)
 
     with pytest.raises(DoesNotFitError, match=r"^It does not fit\.$"):  # of which command_line.run makes exit code 2

@@ -11,10 +11,10 @@ from gla_jax.config import Config, ConfigError, load
 from gla_jax.hardware import Device
 from gla_jax.models import abstract_model
 from gla_jax.parallel.mesh import make_mesh, place_batch
-from gla_jax.training import plan as planning
+from gla_jax.training import planning
 from gla_jax.training.loop import open_data
 from gla_jax.training.optimizer import make_optimizer
-from gla_jax.training.plan import DoesNotFitError, Plan, abstract_batch, largest_batch, make_plan, most_rows
+from gla_jax.training.planning import DoesNotFitError, Plan, abstract_batch, largest_batch, make_plan, most_rows
 from gla_jax.training.state import abstract_state, init_state
 
 OVERRIDES = {
@@ -33,7 +33,7 @@ def config_of(**overrides: str) -> Config:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return make_plan(config_of(), jax.devices()[:4], stands_for=H100)
+    return make_plan(config_of(), jax.devices()[:4], print, stands_for=H100)
 
 
 def test_memory_is_that_of_the_state_on_one_device(plan: Plan) -> None:
@@ -75,9 +75,9 @@ def test_the_step_is_compiled_for_the_arrays_that_training_has() -> None:
 
 def test_mistakes_are_refused_before_anything_is_compiled() -> None:
     with pytest.raises(ConfigError, match=r"data.batch_size=6 does not divide by mesh.data\*mesh.fsdp=4; try 4 or 8"):
-        make_plan(config_of(**{"data.batch_size": "6"}), jax.devices()[:4])
+        make_plan(config_of(**{"data.batch_size": "6"}), jax.devices()[:4], print)
     with pytest.raises(ConfigError, match="does not fit the number of devices, 8"):
-        make_plan(config_of(), jax.devices())
+        make_plan(config_of(), jax.devices(), print)
     with pytest.raises(ConfigError, match="how much memory a 'cpu' has"):
         largest_batch(config_of(), jax.devices()[:4], print)
 
@@ -136,7 +136,7 @@ def test_a_refusal_says_by_how_much_and_what_would_help(overrides: dict[str, str
 def test_what_takes_more_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch, plan: Plan) -> None:
     monkeypatch.setattr(planning, "find_device", lambda _: Device(1e12, plan.memory["peak"] - 1))
     with pytest.raises(DoesNotFitError, match="with 2 rows per device it needs") as refusal:
-        make_plan(config_of(), jax.devices()[:4], stands_for=H100)
+        make_plan(config_of(), jax.devices()[:4], print, stands_for=H100)
     assert refusal.value.needed == plan.memory["peak"]
 
 
@@ -162,7 +162,7 @@ def test_the_largest_batch_is_found(monkeypatch: pytest.MonkeyPatch, plan: Plan)
 
     limit = 95
 
-    def fake(config: Config, devices, **options) -> Plan:
+    def fake(config: Config, devices, say, **options) -> Plan:
         rows = config.data.batch_size // 4
         if 12 + 10 * rows > limit:
             raise DoesNotFitError(f"{rows} are too many", 12 + 10 * rows)

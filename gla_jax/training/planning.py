@@ -70,13 +70,19 @@ class Plan:
 
 
 def make_plan(
-    config: Config, devices: Sequence[jax.Device], *, stands_for: str | None = None, fast: bool = False
+    config: Config,
+    devices: Sequence[jax.Device],
+    say: Callable[[str], None],
+    *,
+    stands_for: str | None = None,
+    fast: bool = False,
 ) -> Plan:
     """Compile the training step of a config for devices, which may be descriptions of ones that are elsewhere.
 
     Args:
         config: the run; its data is not read.
         devices: all that the run would have.
+        say: takes a line about what takes long.
         stands_for: the kind of device whose memory and peak count, if not theirs.
         fast: have the TPU compiler make less of an effort: a program sooner, with more memory and less overlap.
 
@@ -95,6 +101,7 @@ def make_plan(
         optimizer = make_optimizer(config.optimizer, config.steps)
         state = abstract_state(config, optimizer, params)
         batch = abstract_batch(config)
+        say(f"Compiling for {mesh.size} x {stands_for or kind}, {rows} rows per device; it may take minutes.")
         start = time.perf_counter()
         step: Any = make_train_step(config, graphdef, optimizer)
         lowered = step.trace(state, batch).lower()
@@ -157,8 +164,7 @@ def largest_batch(
 
     Args:
         config: where to begin; its `data.batch_size` changes.
-        devices, stands_for, fast: as for `make_plan`.
-        say: takes a line about each try.
+        devices, say, stands_for, fast: as for `make_plan`.
 
     Raises:
         ConfigError: as `make_plan`.
@@ -178,7 +184,7 @@ def largest_batch(
         batch_size = rows * unit if plans or refusals else config.data.batch_size
         data = dataclasses.replace(config.data, batch_size=batch_size)
         try:
-            plan = make_plan(dataclasses.replace(config, data=data), devices, stands_for=stands_for, fast=fast)
+            plan = make_plan(dataclasses.replace(config, data=data), devices, say, stands_for=stands_for, fast=fast)
             plans[rows], size = plan, plan.memory["peak"]
         except DoesNotFitError as refusal:
             refusals[rows], size = refusal, refusal.needed
