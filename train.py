@@ -22,6 +22,8 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ["auto", "on", "off"],
     "Join the other processes of a cluster: if one is found, always, never.",
 )
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Where no cluster is found: address:port of process 0.")
+_PROCESS = flags.DEFINE_string("process", None, "With --coordinator: which process of how many this is, e.g. 0/2.")
 
 
 def main(overrides: dict[str, str]) -> int | str:
@@ -34,7 +36,7 @@ def main(overrides: dict[str, str]) -> int | str:
     from gla_jax.training import DivergedError, train
 
     if _DISTRIBUTED.value != "off":
-        join_cluster(required=_DISTRIBUTED.value == "on")
+        join_cluster(required=_DISTRIBUTED.value == "on", coordinator=_COORDINATOR.value, process=_PROCESS.value)
     try:
         outcome = train(config, _WORKDIR.value)
     except DivergedError as error:

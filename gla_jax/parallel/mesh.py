@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gla_jax.config import ConfigError, MeshConfig
 from gla_jax.parallel.sharding import axis_size, spec
+
+_PATIENCE = 60
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -154,19 +158,30 @@ def place_batch(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.
     }
 
 
-def join_cluster(*, required: bool) -> None:
-    """Join the other processes of a cluster that JAX knows how to find (SLURM, Cloud TPU, Kubernetes, MPI).
+def join_cluster(*, required: bool, coordinator: str | None = None, process: str | None = None) -> None:
+    """Join the other processes of a cluster that JAX knows how to find (SLURM, Cloud TPU, Kubernetes, MPI), or is told.
 
-    To be called before anything else touches a device.
+    To be called before anything else touches a device. A process that dies or stands still ends all others within
+    `_PATIENCE` seconds, with a message of JAX's that names it; so does one that fails and leaves.
 
     Args:
         required: whether it is an error if there is no cluster.
+        coordinator: "address:port" of process 0, where no cluster can be found.
+        process: then "index/count", e.g. "0/2".
 
     Raises:
-        ConfigError: no cluster was found, though one is required.
+        ConfigError: no cluster was found, though one is required, or one is described wrongly.
     """
+    told: dict[str, Any] = {}
+    if coordinator is not None or process is not None:
+        place = re.fullmatch(r"(\d+)/(\d+)", process or "")
+        if coordinator is None or not re.fullmatch(r".+:\d+", coordinator):
+            raise ConfigError(f"--coordinator={coordinator} must be address:port of process 0, e.g. 192.168.1.10:9876.")
+        if place is None or int(place[1]) >= int(place[2]):
+            raise ConfigError(f"--process={process} must be index/count, e.g. 0/2 and 1/2 for two processes.")
+        told = {"coordinator_address": coordinator, "process_id": int(place[1]), "num_processes": int(place[2])}
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=_PATIENCE, shutdown_timeout_seconds=_PATIENCE)
     except ValueError as error:  # "coordinator_address should be defined": nothing was found
         if required:
             raise ConfigError(f"--distributed=on, but no cluster was found: {error}") from None
