@@ -21,7 +21,8 @@ from tqdm import tqdm
 from gla_jax.config import ConfigError
 from gla_jax.data.tokenizer import Tokenizer
 from gla_jax.evaluation.scoring import Scorer
-from gla_jax.inference.session import Session, cut_at
+from gla_jax.inference.session import Session
+from gla_jax.inference.text import TextStream
 from gla_jax.models import LanguageModel
 
 PRESETS = {
@@ -216,27 +217,18 @@ class HarnessModel(TemplateLM):
             temperature=options["temperature"] if options["do_sample"] else 0.0,
             top_k=options.get("top_k", 0),
             top_p=options.get("top_p", 1.0),
-            room=None if self._room is None else self._room - options["max_gen_toks"],
+            room=self._room,
+            reserve=options["max_gen_toks"],
         )
-        rows: list[list[int]] = [[] for _ in requests]
-        texts: list[str | None] = [None] * len(requests)
+        limits = {"stops": options["until"], "max_tokens": options["max_gen_toks"]}
+        streams = [TextStream(self._tokenizer, **limits) for _ in requests]
         for start in range(0, options["max_gen_toks"], _DRAWN_AT_A_TIME):
             drawn = session.draw(min(_DRAWN_AT_A_TIME, options["max_gen_toks"] - start))
-            for place, new in enumerate(drawn.tolist()):
-                rows[place] += new
-                if texts[place] is None:
-                    texts[place] = self._finished(rows[place], options)
-            if all(text is not None for text in texts):
+            for stream, tokens in zip(streams, drawn.tolist(), strict=True):
+                stream.add(tokens)
+            if all(stream.ended_by is not None for stream in streams):
                 break
-        return [text if text is not None else "" for text in texts]
-
-    def _finished(self, tokens: list[int], options: dict[str, Any]) -> str | None:
-        """Return the text of a row that has come to its end, else None."""
-        end = self.eot_token_id
-        ended = end in tokens
-        own = tokens[: tokens.index(end)] if ended else tokens
-        text, stopped = cut_at(self._tokenizer.decode(own), options["until"])
-        return text if ended or stopped or len(tokens) >= options["max_gen_toks"] else None
+        return [stream.text for stream in streams]
 
 
 def _key(kind: str, tokens: list[int], detail: Any) -> str:

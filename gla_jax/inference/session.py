@@ -19,6 +19,8 @@ from gla_jax.inference.sampling import sample
 from gla_jax.models import LanguageModel
 from gla_jax.parallel.sharding import axis_size, shard, whole_rows
 
+_FED_AT_A_TIME = 2048
+
 
 class Session:
     """Texts that a model goes on with.
@@ -29,7 +31,12 @@ class Session:
         model: the model.
         prompts: lists of token ids, each at least one long; a row each.
         temperature, top_k, top_p, seed: as in `gla_jax.inference.generate`.
-        room: tokens that a row may have in all, for models whose state has no room for more; None: any number.
+        first_row: number of the first row, which decides what it draws; for batches of one and the same job.
+        room: tokens that the model's state has room for; None: any number.
+        reserve: how many of them will be drawn or fed later.
+
+    Raises:
+        ConfigError: the prompts do not fit.
     """
 
     def __init__(
@@ -41,16 +48,19 @@ class Session:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        first_row: int = 0,
         room: int | None = None,
+        reserve: int = 0,
     ):
         self._graphdef, self._params = nnx.split(model)
-        self._rows, self._drawn = len(prompts), 0
+        self._rows, self._first_row, self._drawn, self._read, self._room = len(prompts), first_row, 0, 0, room
         self._key, self._temperature = jax.random.key(seed), jnp.float32(temperature)
         self._filters = {"top_k": top_k, "top_p": top_p}
         longest = max(len(prompt) for prompt in prompts)
         length = 1 << (longest - 1).bit_length()  # one program serves all prompts up to that
-        if room is not None and length > room:
+        if room is not None and length + reserve > room:
             length = longest
+        self._make_room(length)
         rows = -len(prompts) % axis_size("batch") + len(prompts)
         tokens, starts = np.zeros((rows, length), np.int32), np.full(rows, length - 1)
         for row, prompt in enumerate(prompts):
@@ -60,20 +70,22 @@ class Session:
 
     def draw(self, count: int) -> np.ndarray:
         """Add tokens to every row: [rows, count] int32."""
+        self._make_room(count)
         tokens, self._last, self._state = _draw(
             self._graphdef, self._params, self._last, self._state, self._key, self._temperature,
-            jnp.int32(self._drawn), count=count, **self._filters,
+            jnp.int32(self._first_row), jnp.int32(self._drawn), count=count, **self._filters,
         )  # fmt: skip
         self._drawn += count
         return np.asarray(tokens)[: self._rows]
 
     def feed(self, tokens: Sequence[int]) -> None:
-        """Have every row read some tokens, the same for all."""
+        """Have every row read some tokens, the same for all; any number, at constant memory."""
         # In pieces of 2^n tokens: few programs, and no padding between what was read and what is.
         ids = np.asarray(tokens, np.int32)
         rows = self._last.shape[0]
         while len(ids):
-            size = 1 << (len(ids).bit_length() - 1)
+            size = min(_FED_AT_A_TIME, 1 << (len(ids).bit_length() - 1))
+            self._make_room(size)
             piece = np.broadcast_to(ids[:size], (rows, size))
             self._last, self._state = _feed(self._graphdef, self._params, piece, self._state)
             ids = ids[size:]
@@ -84,7 +96,8 @@ class Session:
         Raises:
             ConfigError: the file cannot be written.
         """
-        leaves = jax.tree_util.tree_leaves_with_path({"last": self._last, "state": self._state})
+        kept = {"last": self._last, "state": self._state, "read": jnp.int32(self._read)}
+        leaves = jax.tree_util.tree_leaves_with_path(kept)
         # NumPy has no bfloat16; float32 holds it exactly.
         arrays: dict[str, Any] = {jax.tree_util.keystr(name): np.asarray(_wide(leaf)) for name, leaf in leaves}
         partial = path.with_name(f".{path.name}.partial")
@@ -108,7 +121,7 @@ class Session:
             raise ConfigError(f"{path}: there is no such file.") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is no saved state: {error}.") from None
-        mine = {"last": self._last, "state": self._state}
+        mine = {"last": self._last, "state": self._state, "read": jnp.int32(0)}
 
         def take(name: Any, leaf: jax.Array) -> jax.Array:
             key = jax.tree_util.keystr(name)
@@ -118,13 +131,15 @@ class Session:
             return jax.device_put(arrays[key].astype(leaf.dtype), leaf.sharding)
 
         taken = jax.tree_util.tree_map_with_path(take, mine)
-        self._last, self._state = taken["last"], taken["state"]
+        self._last, self._state, self._read = taken["last"], taken["state"], int(taken["read"])
 
-
-def cut_at(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Return the text before the first of the stop strings, and whether there was one."""
-    places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
+    def _make_room(self, count: int) -> None:
+        self._read += count
+        if self._room is not None and self._read > self._room:
+            raise ConfigError(
+                f"{self._read} tokens do not fit into the {self._room} that this model's state has room for; raise "
+                "cache_length, where its config has it."
+            )
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
@@ -155,10 +170,10 @@ def _feed(graphdef: Any, params: Any, tokens: jax.Array, state: Any) -> tuple[ja
 @whole_rows()
 def _draw(
     graphdef: Any, params: Any, last: jax.Array, state: Any, key: jax.Array, temperature: jax.Array,
-    drawn: jax.Array, *, count: int, top_k: int, top_p: float,
+    first_row: jax.Array, drawn: jax.Array, *, count: int, top_k: int, top_p: float,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     model = nnx.merge(graphdef, params)
-    row_keys = shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(last.shape[0])), "batch")
+    row_keys = shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(last.shape[0])), "batch")
 
     def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
         last, state = carry

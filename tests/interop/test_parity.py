@@ -19,8 +19,7 @@ from gla_jax.interop.translation import read_config
 from gla_jax.models import abstract_model, bind
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
-# The ones that are not long have, between them, every kind of layer.
-QUICK = ("gla_hybrid", "retnet")
+QUICK = ("gla_hybrid",)  # has two kinds of layer
 NAMES = [
     pytest.param(path.name, marks=() if path.name in QUICK else pytest.mark.long) for path in sorted(FIXTURES.iterdir())
 ]
