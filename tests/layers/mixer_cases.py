@@ -16,10 +16,11 @@ from gla_jax.config import DtypeConfig, MeshConfig, ModelConfig
 from gla_jax.layers import MIXERS
 from gla_jax.models import abstract_model, bind
 from gla_jax.parallel.mesh import make_mesh
-from gla_jax.parallel.sharding import shard
+from gla_jax.parallel.sharding import shard, whole_rows
 
 B, T, D, H = 2, 12, 16, 4
 HALF = T // 2
+PREFILL = T - 2  # of a language model; cut in two on a mesh
 VOCABULARY = 24
 
 
@@ -221,28 +222,33 @@ class MixerCases:
 
     def test_a_language_model_decodes_as_it_reads(self, model):
         whole, last = forward(*model, TOKENS)
-        logits, state = forward(*model, TOKENS[:, : T - 1])
-        step, state = forward(*model, TOKENS[:, T - 1 :], state)
-        assert_close(join(logits, step), whole, 2e-5)
+        logits, state = forward(*model, TOKENS[:, :PREFILL])
+        parts = [logits]
+        for t in range(PREFILL, T):
+            logits, state = forward(*model, TOKENS[:, t : t + 1], state)
+            parts.append(logits)
+        assert_close(join(*parts), whole, 2e-5)
         assert_close(state, last, 2e-5)
 
     def test_a_mesh_equals_one_device(self, config, model):
-        """Data, FSDP and tensor parallelism at once: the loss, every gradient, prefill and a step."""
+        """FSDP, sequence and tensor parallelism at once: the loss, every gradient, prefill and a step."""
         graphdef, params = model
         segment_ids = np.asarray([[1] * 5 + [2] * (T - 5)] * 8, np.int32)
         positions = np.asarray([[*range(5), *range(T - 5)]] * 8, np.int32)
         wanted = value_and_grad(graphdef, params, TOKENS, segment_ids, positions)
-        logits, state = forward(graphdef, params, TOKENS[:, : T - 1])
-        wanted_logits = join(logits, forward(graphdef, params, TOKENS[:, T - 1 :], state)[0])
-        with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])):
+        logits, state = forward(graphdef, params, TOKENS[:, :PREFILL])
+        token = TOKENS[:, PREFILL : PREFILL + 1]
+        wanted_logits = join(logits, forward(graphdef, params, token, state)[0])
+        with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, sequence=2, tensor=2), jax.devices()[:8])):
             graphdef, abstract = abstract_model(config, FLOAT32)
             params = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), params, abstract)
             row = lambda x: shard(jnp.asarray(x), "batch", "time")
             got = value_and_grad(graphdef, params, row(TOKENS), row(segment_ids), row(positions))
-            logits, state = forward(graphdef, params, row(TOKENS[:, : T - 1]))
+            logits, state = forward(graphdef, params, row(TOKENS[:, :PREFILL]))
             describe = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.spec)
             assert jax.tree.map(describe, state) == jax.tree.map(describe, bind(graphdef, params).init_state(8))
-            step, _ = forward(graphdef, params, row(TOKENS[:, T - 1 :]), state)
+            with whole_rows():
+                step, _ = forward(graphdef, params, row(token), state)
         places = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
         assert places(got[1]) == places(params)
         # Sums over devices are added up in another order; a sum that is missing would be off by far more.
