@@ -33,7 +33,7 @@ def layer_collectives(mixer, length, **mesh):
             num_heads=H,
             intermediate_size=48,
             mixers={} if mixer == "attention" else {mixer: {"chunk_size": 1}},  # compiled sooner
-        ),  # fmt: skip
+        ),
         data=DataConfig(sequence_length=length, batch_size=B),
         mesh=MeshConfig(**({"fsdp": 1} | mesh)),
         dtype=DtypeConfig(compute="float32"),
