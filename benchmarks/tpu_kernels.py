@@ -149,7 +149,10 @@ def compile_rival(candidate: Candidate, profile: str) -> None:
         call = lambda *a: chunk_gla(*a, is_inference=candidate.kernel.endswith("forward"))
     train = lambda q, k, v, g, dout: (lambda out, pull: (out, *pull(dout)))(*jax.vjp(call, q, k, v, g))
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[candidate.chip].topology)
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    # A mesh tells what is compiled for to whoever asks.
+    mesh = jax.sharding.Mesh(topology.devices[:1], "chip", axis_types=(jax.sharding.AxisType.Auto,))
+    jax.set_mesh(mesh)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P())
     array = lambda dim: jax.ShapeDtypeStruct((1, TIME, HEADS, dim), jnp.bfloat16, sharding=sharding)
     keys, values = array(candidate.key_dim), array(candidate.value_dim)
     arguments = (keys, keys, values, keys, values)
