@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,12 +31,32 @@ def run(main: Callable[[dict[str, str]], int | str | None]) -> None:
         sentence = re.sub(r"^flag --\w+=None: ", "", str(error).splitlines()[0])  # several may be missing
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
+            _leave_cluster(1, error)
             raise
         sentence = f"Cannot write {error.filename or 'a file'}: {error.strerror}."
     except KeyboardInterrupt:
         os._exit(130)  # at once, whatever background threads may be doing
+    except Exception as error:
+        _leave_cluster(1, error)
+        raise
     print(sentence, file=sys.stderr)
+    _leave_cluster(2)
     sys.exit(2)
+
+
+def _leave_cluster(code: int, error: Exception | None = None) -> None:
+    """Exit at once if this is one process of several: an orderly exit would wait for the rest, and they for this one.
+
+    They notice its silence, and end too; see `gla_jax.parallel.mesh.join_cluster`.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+    if error is not None:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _parse_flags(argv: list[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from gla_jax.config import ConfigError, MeshConfig
 from gla_jax.parallel.sharding import axis_size, spec
 
-_PATIENCE = 60
+_PATIENCE = 60  # seconds without a sign of life of a process, until the others give up
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -181,7 +181,7 @@ def join_cluster(*, required: bool, coordinator: str | None = None, process: str
             raise ConfigError(f"--process={process} must be index/count, e.g. 0/2 and 1/2 for two processes.")
         told = {"coordinator_address": coordinator, "process_id": int(place[1]), "num_processes": int(place[2])}
     try:
-        jax.distributed.initialize(**told, heartbeat_timeout_seconds=_PATIENCE, shutdown_timeout_seconds=_PATIENCE)
+        jax.distributed.initialize(**told, heartbeat_timeout_seconds=_PATIENCE)
     except ValueError as error:  # "coordinator_address should be defined": nothing was found
         if required:
             raise ConfigError(f"--distributed=on, but no cluster was found: {error}") from None

@@ -11,8 +11,8 @@ the state before it is again one product, `read` below, and the op's own gradien
 want of the state after it.
 
 The exchange is one all-gather each way, as in LASP-2 (arXiv 2502.07563). Doubling by permutations would move log2(n)
-states instead of n - 1, in log2(n) steps that wait for each other; a state is no larger than some hundred tokens, so for
-the few parts that a row is cut into it is the steps that cost.
+states instead of n - 1, in log2(n) steps that wait for each other; a state is no larger than some hundred tokens, so
+for the few parts that a row is cut into it is the steps that cost.
 
 Everything here is called inside `per_shard`, and does nothing where rows are whole.
 """
