@@ -11,7 +11,7 @@ from gla_jax.config import ConfigDict, default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.steps = 400
+    config.steps = 600
 
     config.model.hidden_size = 128
     config.model.num_layers = 4

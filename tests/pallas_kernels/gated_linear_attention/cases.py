@@ -189,9 +189,7 @@ def _compiled(implementation, interpret, scale, chunk_size):
         (gradients,) = pull_back((cotangents["out"], cotangents.get("final_state", jnp.zeros_like(state))))
         return {"out": out, "final_state": state}, gradients
 
-    # Cases that set the chunk size are small and many: compiling them takes longer than they run.
-    unoptimized = chunk_size is not None and jax.default_backend() == "cpu"
-    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0} if unoptimized else None)
+    return jax.jit(run)
 
 
 def check(case, implementation, interpret=False):
