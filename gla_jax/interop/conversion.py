@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import os
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +46,8 @@ def import_model(source: Path, workdir: Path, *, log: Log = lambda _: None) -> C
     """
     config, _, pairs = open_model(source)
     params = jax.tree.map(lambda pair: pair[1], pairs, is_leaf=lambda pair: isinstance(pair, tuple))
-    with _all_or_nothing(workdir) as partial:
+    size = sum(parameter.size * parameter.dtype.itemsize for _, parameter in flatten(params))
+    with _all_or_nothing(workdir, size) as partial:
         copied = _copy_files(source, partial)
         tokenizer = next((name for name in TOKENIZER_FILES[:2] if name in copied), TOKENIZER_FILES[0])
         if tokenizer not in copied:
@@ -98,7 +99,8 @@ def export_model(
         shape = their_shape(ours.rpartition("/")[2], leaf.shape[1:] if found.stacked else leaf.shape)
         shapes |= {names[0]: shape for names in found.names}
 
-    with _all_or_nothing(target) as partial:
+    size = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
+    with _all_or_nothing(target, size) as partial:
         theirs |= _write_tokenizer(config, partial, log)
         _write_json(partial / "config.json", theirs)
         writer = FolderWriter(partial, shapes, np.dtype(jnp.dtype(dtype)))
@@ -122,17 +124,26 @@ def _architecture_for(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def _all_or_nothing(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write to that takes its name at the end, or is removed if anything goes wrong."""
+def _all_or_nothing(folder: Path, size: int) -> Iterator[Path]:
+    """Yield a folder to write to that takes its name at the end, or is removed if anything goes wrong.
+
+    Args:
+        folder: the name that it shall have.
+        size: bytes that will be written, or a little more.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty; give the name of a folder that is yet to be made.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.absolute().with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}.") from None
     try:
-        yield partial.absolute()
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise ConfigError(f"{folder} takes {size / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB left.")
+        yield partial
         partial.replace(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -112,9 +112,15 @@ def read_config(workdir: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json.")
     try:
-        return build(json.loads(path.read_text()))
+        settings = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is damaged: {error}.") from None
+    if "model_type" in settings:
+        raise ConfigError(
+            f"{workdir} is a Hugging Face directory; make the folder of a run of it: "
+            f"python -m gla_jax.convert import --from={workdir} --workdir=OTHER."
+        )
+    return build(settings)
 
 
 def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:

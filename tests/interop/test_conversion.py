@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from gla_jax.interop.safetensors import FolderWriter, open_folder
 from gla_jax.interop.translation import read_config
 from gla_jax.loading import load_config
 from gla_jax.parallel.mesh import make_mesh
+from gla_jax.training.workdir import read_config as read_run_config
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "interop"
 QUICK = ("gla_convolution", "gla_hybrid", "transformer", "llama")
@@ -281,6 +283,18 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "run" / "notes.txt").touch()
     with pytest.raises(ConfigError, match="exists and is not empty"):
         import_model(FIXTURES / "gla_tied", tmp_path / "run")
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"run takes 0\.\d MB, and its disk has 0\.0 MB left"):
+        import_model(FIXTURES / "gla_tied", tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hugging_face_directory_in_the_place_of_a_run():
+    with pytest.raises(ConfigError, match="gla_tied is a Hugging Face directory; make the folder of a run of it"):
+        read_run_config(FIXTURES / "gla_tied")
 
 
 def test_the_command_ends_with_2_and_a_sentence(tmp_path):
