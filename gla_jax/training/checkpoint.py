@@ -104,12 +104,14 @@ class CheckpointWriter:
 
 
 def require_space(folder: Path, state: TrainState) -> None:
-    """Raise ConfigError if the disk has no room for another checkpoint.
+    """Raise ConfigError if the disk has no room for another checkpoint; the first process looks, for all that share it.
 
     Args:
         folder: where it would go.
         state: what would be saved, or its description.
     """
+    if jax.process_index() > 0:
+        return
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) + _OVERHEAD
     free = shutil.disk_usage(folder).free
     if free < size:
