@@ -271,7 +271,7 @@ def _refuse(
     cures = []
     if config.model.remat != "full":
         cures.append("--config.model.remat=full")
-    if mesh["data"] > 1:
+    if mesh["data"] > 1 and arguments > available / 4:
         cures.append(f"--config.mesh.data=1 --config.mesh.fsdp={parts}")
     if rows > 1 and fitting:
         steps = config.optimizer.accumulation_steps

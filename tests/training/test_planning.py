@@ -104,7 +104,7 @@ def test_the_need_is_read_from_the_compilers_refusal(error: str, needed: float |
         # 8 rows on a device, of which 4 and a bit fit
         (
             {"data.batch_size": "32"},
-            10,
+            20,
             "--config.model.remat=full, or --config.mesh.data=1 --config.mesh.fsdp=4, "
             "or --config.optimizer.accumulation_steps=2, or --config.data.batch_size=16.",
         ),
