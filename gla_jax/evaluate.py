@@ -1,10 +1,11 @@
-"""Score the newest model of a run: on its held-out text, or on tasks of lm-evaluation-harness.
+"""Score the newest model of a run: on its held-out text, by position in long texts, or on tasks of a harness.
 
     python -m gla_jax.evaluate --workdir=runs/quickstart
+    python -m gla_jax.evaluate --workdir=DIR --by-position --length=24576
     python -m gla_jax.evaluate --workdir=DIR --harness --tasks=paper        (needs the extra `eval`)
 
-With --harness DIR may be a Hugging Face directory too. A run that was killed goes on where it was if the same command
-is given again.
+--harness is lm-evaluation-harness; a run of it that was killed goes on where it was if the same command is given again.
+DIR may be a Hugging Face directory too.
 """
 
 import json
@@ -17,11 +18,31 @@ from gla_jax import command_line
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _BATCHES = flags.DEFINE_integer("batches", 0, "Score so many batches only; 0: all there are.", lower_bound=0)
+_BY_POSITION = flags.DEFINE_bool(
+    "by-position",
+    False,
+    "Print the loss by position in long texts, as lines of JSON, and as a table on standard error. Each text is read "
+    "once, the state carried on. The next four flags belong to it.",
+)
+_LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens of each text; by default 12 times data.sequence_length.", lower_bound=1
+)
+_BUCKET = flags.DEFINE_integer(
+    "bucket", None, "Positions that are averaged; by default data.sequence_length.", lower_bound=1
+)
+_STREAM = flags.DEFINE_bool(
+    "stream", False, "Texts are documents one after the other, and not the beginnings of those that are long enough."
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "A token file, folder or corpus to read all of; by default what the run held out."
+)
 _HARNESS = flags.DEFINE_bool("harness", False, "Run tasks of lm-evaluation-harness; the flags below belong to it.")
 _TASKS = flags.DEFINE_list("tasks", [], 'Names of tasks, with commas between them; "paper" are those of the GLA paper.')
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "A folder with tasks of your own, YAML files.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where results go; by default the folder `harness` in --workdir.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Requests at a time, on all devices together.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Requests or texts at a time, on all devices together.", lower_bound=1
+)
 _FEW_SHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in a context; by default what the task says.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Run so many documents of each task only.", lower_bound=1)
 _BEGIN = flags.DEFINE_bool(
@@ -39,8 +60,15 @@ def main(_: dict[str, str]) -> None:
     for flag in (_TASKS, _INCLUDE_PATH, _OUTPUT, _FEW_SHOT, _LIMIT, _BEGIN):
         if not _HARNESS.value and flag.present:
             raise ConfigError(f"--{flag.name} needs --harness.")
+    for flag in (_LENGTH, _BUCKET, _STREAM, _DATA):
+        if not _BY_POSITION.value and flag.present:
+            raise ConfigError(f"--{flag.name} needs --by-position.")
+    if _HARNESS.value and _BY_POSITION.value:
+        raise ConfigError("--by-position and --harness are two commands; give one of them.")
     if _HARNESS.value:
         _run_harness()
+    elif _BY_POSITION.value:
+        _score_by_position()
     else:
         _score_held_out()
 
@@ -75,6 +103,39 @@ def _score_held_out() -> None:
             bytes_per_token=data.eval_bytes_per_token,
         )
     print(json.dumps({"step": step, **figures}))
+
+
+def _score_by_position() -> None:
+    """Print a line of JSON for each bucket, and the table."""
+    import dataclasses
+
+    import jax
+
+    from gla_jax.config import ConfigError, MeshConfig
+    from gla_jax.data.pipeline import open_long_rows
+    from gla_jax.evaluation.by_position import evaluate_by_position, position_table
+    from gla_jax.loading import load_config, load_model
+    from gla_jax.parallel.mesh import make_mesh
+
+    workdir = Path(_WORKDIR.value)
+    config = load_config(workdir)
+    data, usual = config.data, config.data.sequence_length
+    if _DATA.value is not None:
+        data = dataclasses.replace(data, path=_DATA.value, held_out=0.0, sequence_length=1)
+    elif not (workdir / "metrics.jsonl").is_file():
+        raise ConfigError(f"{workdir} is no training run, which would have held text out; name one with --data.")
+    elif not data.held_out:
+        raise ConfigError(f"{workdir} holds nothing out: data.held_out={data.held_out}; name a text with --data.")
+    length = _LENGTH.value or 12 * usual
+    most = _BATCHES.value * _BATCH_SIZE.value or None
+    rows = open_long_rows(data, length=length, stream=_STREAM.value, most=most, vocab_size=config.model.vocab_size)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        buckets = evaluate_by_position(
+            load_model(workdir), rows, bucket=_BUCKET.value or usual, batch_size=_BATCH_SIZE.value
+        )
+    for bucket in buckets:
+        print(json.dumps(bucket))
+    print(position_table(buckets), file=sys.stderr)
 
 
 def _run_harness() -> None:

@@ -11,8 +11,9 @@ import grain
 import numpy as np
 
 from gla_jax.config import ConfigError, DataConfig
+from gla_jax.data import corpora
 from gla_jax.data.corpora import Synthetic
-from gla_jax.data.rows import Batch, Rows, make_batch, padding_row
+from gla_jax.data.rows import Batch, Rows, long_spans, make_batch, padding_row
 from gla_jax.data.sources import check_corpus, open_sources
 from gla_jax.data.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
 
@@ -159,6 +160,40 @@ def open_dataset(
         _eval=_eval_batches(held_out, config, here, tokenizer.end_of_document),
         _prefetch=config.prefetch,
     )
+
+
+def open_long_rows(
+    config: DataConfig, *, length: int, stream: bool, most: int | None = None, vocab_size: int | None = None
+) -> Rows:
+    """Open rows of any length of the held-out part, or of all that there is where `config.held_out` is 0.
+
+    Args:
+        config: what to read.
+        length: targets in a row.
+        stream: see `gla_jax.data.rows.long_spans`.
+        most: open no more than this many.
+        vocab_size: the model's.
+
+    Returns:
+        Rows of [length + 1] int32 ids, shuffled, the same way every time: the first ones are a fair sample.
+
+    Raises:
+        ConfigError: as `open_dataset`, or there is no row of that length.
+    """
+    if config.path is None and config.corpus not in corpora.TEXTS:
+        raise ConfigError(f"data.corpus={config.corpus!r} is no text, so it has no positions; name one with --data.")
+    sources = open_sources(config, open_tokenizer(config, vocab_size))
+    parts = [source.split.held_out if config.held_out else source.split.train for source in sources]
+    spans, longest = long_spans([span for part in parts for span in part], length, stream=stream)
+    if not spans:
+        has = "holds out" if config.held_out else "has"
+        what = f"no {length:,} tokens in a row" if stream else f"no document of {length:,} tokens"
+        cure = "" if stream else ", or join documents with --stream"
+        raise ConfigError(
+            f"{config.path or config.corpus} {has} {what}; the longest has {longest:,}: lower --length to that{cure}."
+        )
+    order = np.random.default_rng(0).permutation(len(spans))
+    return Rows([spans[number] for number in order[:most]], length)
 
 
 def open_tokenizer(config: DataConfig, vocab_size: int | None) -> Tokenizer:

@@ -119,6 +119,32 @@ class Rows:
         return row
 
 
+def long_spans(spans: Sequence[Span], length: int, *, stream: bool) -> tuple[list[Span], int]:
+    """Cut long rows out of spans, each `length` targets long.
+
+    Args:
+        spans: where from.
+        length: of a row.
+        stream: cut documents as they follow each other, as training does; if not, a row is the beginning of a document
+            that is long enough.
+
+    Returns:
+        The rows, and how long the longest could have been.
+    """
+    found, longest = [], 0
+    for span in spans:
+        inner = span.array.starts[(span.array.starts > span.start) & (span.array.starts < span.end)]
+        starts = np.append(span.start, [] if stream else inner).astype(np.int64)
+        lengths = np.append(starts[1:], span.end) - starts
+        longest = max(longest, int(lengths.max()))
+        if stream:
+            firsts = list(range(span.start, span.end - length + 1, length))
+        else:
+            firsts = starts[lengths >= length].tolist()
+        found += [Span(span.array, first, first + length) for first in firsts]
+    return found, longest
+
+
 def padding_row(length: int) -> np.ndarray:
     """Return a row without a token, [length + 1]."""
     return np.full(length + 1, _PADDING, np.int32)

@@ -1,5 +1,6 @@
 """The language model: embedding, blocks of (mixer, SwiGLU), head. It never asks which mixer it has."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
@@ -300,6 +301,14 @@ def room_for_tokens(config: ModelConfig) -> int | None:
     options = [mixer_options(config, mixer) for mixer in set(layer_mixers(config))]
     rooms = [each.cache_length for each in options if hasattr(each, "cache_length") and each.window is None]
     return min(rooms, default=None)
+
+
+def make_room(model: LanguageModel, tokens: int) -> None:
+    """Enlarge, in place, the caches that `init_state` will make to hold at least so many tokens."""
+    for name, _, _ in model.groups:
+        mixer = getattr(model, name).mixer
+        if getattr(mixer.options, "cache_length", tokens) < tokens:
+            mixer.options = dataclasses.replace(mixer.options, cache_length=tokens)
 
 
 def check(config: ModelConfig) -> None:

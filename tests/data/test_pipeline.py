@@ -11,6 +11,7 @@ import pytest
 from gla_jax.config import ConfigError, DataConfig
 from gla_jax.data import corpora, open_dataset
 from gla_jax.data import rows as rows_module
+from gla_jax.data.pipeline import open_long_rows
 
 T = 16
 
@@ -300,3 +301,33 @@ def test_files_that_do_not_fit_are_named(tmp_path, write_tokens, bpe_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=r"folder has no manifest\.json"):
         open_dataset(DataConfig(path=str(tmp_path / "folder")), seed=0)
+
+
+def test_rows_are_documents_that_are_long_enough_or_the_stream(tmp_path, write_tokens):
+    texts = ["a" * 5, "b" * 9, "c" * 3, "d" * 12]
+    config = DataConfig(path=write_tokens(tmp_path / "some.tokens", texts), sequence_length=1, held_out=0.0)
+    documents = open_long_rows(config, length=8, stream=False)
+    end = int(documents[0][0])
+    of = lambda text: [end, *map(ord, text[:8])]
+    assert sorted(documents[i].tolist() for i in range(len(documents))) == sorted([of("b" * 9), of("d" * 12)])
+    stream = open_long_rows(config, length=8, stream=True)
+    rows = sorted((stream[i].tolist() for i in range(len(stream))), key=str)
+    whole = [token for text in texts for token in (end, *map(ord, text))]
+    assert rows == sorted((whole[i : i + 9] for i in range(0, 32, 8)), key=str)
+    assert len(open_long_rows(config, length=8, stream=True, most=3)) == 3
+    # A document's last target is the token that ends it.
+    assert len(open_long_rows(config, length=13, stream=False)) == 1
+    with pytest.raises(ConfigError, match=r"has no document of 14 tokens; the longest has 13: lower --length to"):
+        open_long_rows(config, length=14, stream=False)
+    with pytest.raises(ConfigError, match=r"has no 40 tokens in a row; the longest has 33: lower --length to that\."):
+        open_long_rows(config, length=40, stream=True)
+    with pytest.raises(ConfigError, match=r"data\.corpus='synthetic' is no text"):
+        open_long_rows(DataConfig(corpus="synthetic"), length=8, stream=True)
+
+
+def test_only_what_is_held_out_is_read():
+    config = DataConfig(corpus="kjv", held_out=0.05)
+    rows = open_long_rows(config, length=1000, stream=True)
+    assert len(rows) == 208
+    with pytest.raises(ConfigError, match=r"kjv holds out no document of 100,000 tokens; the longest has"):
+        open_long_rows(config, length=100_000, stream=False)
