@@ -86,7 +86,7 @@ def test_other_mixers_under_tensor_and_fsdp_parallelism(mixer, floats_per_token)
     ("mixer", "decay", "state"),
     [
         ("gla", D // 2, D // 2 * D // H),  # H K and H K V
-        pytest.param("retention", H, D * 2 * D // H, marks=pytest.mark.long),
+        pytest.param("retention", 0, D * 2 * D // H, marks=pytest.mark.long),  # decays are alike in all layers
         pytest.param("mamba", 2 * D * 16, 2 * D * 16, marks=pytest.mark.long),
     ],
 )
@@ -94,7 +94,7 @@ def test_parts_of_a_row_exchange_states_and_nothing_that_grows(mixer, decay, sta
     found, _ = layer_collectives(mixer, 64, sequence=8)
     gathers = [each for each in found if each.kind == "all-gather"]
     # Forwards the decays and states of all parts; backwards the gradients of the states.
-    assert sorted(each.bytes for each in gathers) == sorted(8 * B * n * BYTES for n in (decay, state, state))
+    assert sorted(each.bytes for each in gathers) == sorted(8 * B * n * BYTES for n in (decay, state, state) if n)
     weights, borders = ([each for each in found if each.kind == kind] for kind in ("all-reduce", "collective-permute"))
     assert all("transpose" in each.name for each in weights), "nothing is summed on the way forward"
     # A short convolution wants 3 tokens of the part before and gives their gradients back.
