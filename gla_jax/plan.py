@@ -1,6 +1,6 @@
 """Say what a training step will need of hardware that is not here: its memory, its collectives, whether it fits.
 
-    python -m gla_jax.plan --config=configs/gla_1p3b.py --topology=v5e:16x16 --config.data.batch_size=512
+    python -m gla_jax.plan --config=configs/gla_1p3b.py --topology=v5e:16x16 --config.mesh.data=16
 
 Compiles the step that `train.py` would run, with the same shardings and donation, for a TPU slice (`--topology`, which
 needs libtpu but no TPU) or for simulated CPUs that stand in for GPUs (`--devices`). All figures are the compiler's.
