@@ -54,6 +54,7 @@ def _leave_cluster(code: int, error: Exception | None = None) -> None:
         return
     if error is not None:
         traceback.print_exception(error)
+        print("If this is about a connection, another task died: see what the other processes said.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
