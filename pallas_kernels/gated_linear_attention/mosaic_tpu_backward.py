@@ -132,11 +132,14 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
     # Then the gradients, backwards.
 
-    def gate_gradient(reading: jax.Array, writing: jax.Array, through: jax.Array) -> jax.Array:
+    def gate_gradient(reading: jax.Array, writing: jax.Array, through: jax.Array, exact: bool) -> jax.Array:
         """Return sum_{i >= j} reading_i + sum_{i < j} writing_i + through; through [1, ..] is that of the state."""
-        from_here = where01(iota(length, 0) <= iota(length, 1))
+        from_here, split_terms = where01(iota(length, 0) <= iota(length, 1)), 2 if dtype == jnp.bfloat16 else 3
+        if exact:  # under strong gates, what was written before j is too little to be told as a difference of sums
+            before = dot01(1.0 - from_here, writing, split_terms)
+            return dot01(from_here, reading, split_terms) + before + through
         total = jnp.sum(writing, axis=0, keepdims=True) + through
-        return dot01(from_here, reading - writing, 2 if dtype == jnp.bfloat16 else 3) + total
+        return dot01(from_here, reading - writing, split_terms) + total
 
     def store_gate_gradient(rows: Any, terms: list[Any], extra: Any = None) -> None:
         """Write the gates' gradient from (reading, writing, through) of each unit of gates.
@@ -152,7 +155,8 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
         if sizes.gate == "channel":
             for unit, term in enumerate(terms):
-                store(sizes.queries(unit), gate_gradient(*term), None if extra is None else extra[unit][0])
+                dg = gate_gradient(*term, exact=extra is not None)
+                store(sizes.queries(unit), dg, None if extra is None else extra[unit][0])
             return
 
         def heads(tiles: Any) -> jax.Array:
@@ -162,7 +166,7 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
         reading, writing, through = (heads(tiles) for tiles in zip(*terms, strict=True))
         store(
             slice(None),
-            gate_gradient(reading, writing, through),
+            gate_gradient(reading, writing, through, exact=extra is not None),
             None if extra is None else heads([x for (x,) in extra]),
         )
 
