@@ -185,6 +185,7 @@ def test_answers_of_another_model_are_dropped(tmp_path):
     assert Journal(path, "another").answers == {}
 
 
+@pytest.mark.long
 def test_generation_ends_at_stop_strings_and_is_greedy(model):
     requests = [Request(text, {"until": ["e", "zz"], "max_gen_toks": 20}) for text in TEXTS]
     found = harness(model).generate_until(requests)
