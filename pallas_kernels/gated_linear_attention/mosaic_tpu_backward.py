@@ -155,7 +155,7 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
 
         if sizes.gate == "channel":
             for unit, term in enumerate(terms):
-                dg = gate_gradient(*term, exact=extra is not None)
+                dg = gate_gradient(*term, extra is not None)
                 store(sizes.queries(unit), dg, None if extra is None else extra[unit][0])
             return
 
