@@ -60,7 +60,7 @@ class DataConfig:
     """Where tokens come from and how they are cut into rows."""
 
     corpus: str = "kjv"
-    """"kjv", "stdlib", or "synthetic"; not read when `path` is given."""
+    """"kjv", "stdlib", "synthetic", or "mqar"; not read when `path` is given."""
     path: str | None = None
     """A token file or folder made by `python -m gla_jax.data.prepare`; or several, or corpora: "mine:0.7,kjv:0.3"."""
     tokenizer: str = "bytes"
@@ -69,6 +69,8 @@ class DataConfig:
     """Tokens in a row, T."""
     batch_size: int = 16
     """Rows in a step, all hosts together."""
+    pairs: int = 16
+    """Keys and values to remember in a row of "mqar"."""
     held_out: float = 0.05
     """Share of the tokens, in whole documents at the end of each corpus, kept for evaluation."""
     prefetch: int = 4

@@ -49,7 +49,10 @@ def stdlib() -> list[str]:
 TEXTS = {"kjv": kjv, "stdlib": stdlib}
 """The corpora that are text, by name: functions that return documents."""
 
-NAMES = (*TEXTS, "synthetic")
+GENERATED = ("synthetic", "mqar")
+"""Those that are no text."""
+
+NAMES = (*TEXTS, *GENERATED)
 """What `data.corpus` may be."""
 
 

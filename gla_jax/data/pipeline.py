@@ -1,19 +1,20 @@
 """From a DataConfig to batches: the order of the rows, this process's share of each batch, and prefetch."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
 from gla_jax.config import ConfigError, DataConfig
-from gla_jax.data import corpora
+from gla_jax.data import corpora, mqar
 from gla_jax.data.corpora import Synthetic
-from gla_jax.data.rows import Batch, Rows, long_spans, make_batch, padding_row
+from gla_jax.data.rows import Batch, Rows, long_spans, make_batch
 from gla_jax.data.sources import check_corpus, open_sources
 from gla_jax.data.tokenizer import IntegerTokenizer, Tokenizer, load_tokenizer
 
@@ -86,7 +87,7 @@ def open_dataset(
 
     Args:
         config: what to read and how to cut it.
-        seed: decides the order of the rows, and synthetic tokens.
+        seed: decides the order of the rows, and generated tokens.
         process_index: this process, in [0, process_count).
         process_count: how many processes share a batch.
         vocab_size: the model's, if it is set: synthetic tokens fill it, others must fit.
@@ -98,6 +99,9 @@ def open_dataset(
     train: _RowSource
     held_out: _RowSource
     tokenizer = open_tokenizer(config, vocab_size)
+    stack: Callable[[Sequence[np.ndarray]], Batch] = functools.partial(
+        make_batch, end_of_document=tokenizer.end_of_document
+    )
     if config.path is None and config.corpus == "synthetic":
         row = config.sequence_length + 1
         train = Synthetic(tokenizer.vocab_size, row, f"{seed}/train")
@@ -107,6 +111,18 @@ def open_dataset(
         eval_tokens = eval_bytes = len(held_out) * config.sequence_length
         description = ["synthetic: endless random tokens"]
         content: list[Any] = ["synthetic"]
+    elif config.path is None and config.corpus == "mqar":
+        make_examples = functools.partial(
+            mqar.AssociativeRecall, tokenizer.vocab_size, config.sequence_length, config.pairs
+        )
+        train = make_examples(f"{seed}/train", mqar.TRAIN_EXAMPLES)
+        held_out = make_examples(f"{seed}/held out", mqar.HELD_OUT_EXAMPLES)
+        order = _mixed_order([len(train)], [1.0], seed)
+        steps_per_epoch = len(train) / config.batch_size
+        eval_tokens = eval_bytes = len(held_out) * config.pairs
+        description = [f"mqar: {len(train):,} examples of {config.pairs} pairs; held out: {len(held_out):,}"]
+        content = ["mqar", config.pairs, tokenizer.vocab_size]
+        stack = mqar.make_recall_batch
     else:
         sources = open_sources(config, tokenizer)
         train = Rows([span for source in sources for span in source.split.train], config.sequence_length)
@@ -129,7 +145,7 @@ def open_dataset(
     here = slice(process_index * here_count, (process_index + 1) * here_count)
 
     def train_batch(numbers: Sequence[int]) -> Batch:
-        return make_batch([train[number] for number in numbers], tokenizer.end_of_document)
+        return stack([train[number] for number in numbers])
 
     # A dataset of batches of b rows has process p's share of step n at n * process_count + p. Nothing is dropped of an
     # endless one; Grain only counts its batches in integers then, and not in floats that exceed an index.
@@ -157,7 +173,7 @@ def open_dataset(
         eval_tokens=eval_tokens,
         eval_bytes_per_token=eval_bytes / eval_tokens if eval_tokens else 1.0,
         _train=batches,
-        _eval=_eval_batches(held_out, config, here, tokenizer.end_of_document),
+        _eval=_eval_batches(held_out, config, here, stack),
         _prefetch=config.prefetch,
     )
 
@@ -197,13 +213,14 @@ def open_long_rows(
 
 
 def open_tokenizer(config: DataConfig, vocab_size: int | None) -> Tokenizer:
-    """Load the tokeniser of the data that a config names; that of synthetic data fills the model's vocabulary.
+    """Load the tokeniser of the data that a config names; that of generated data fills the model's vocabulary.
 
     Raises:
         ConfigError: if there is no such file, it cannot be read, or its library is not installed.
     """
-    if config.path is None and config.corpus == "synthetic":
-        return IntegerTokenizer(256 if vocab_size is None else vocab_size)
+    if config.path is None and config.corpus in corpora.GENERATED:
+        default = mqar.VOCABULARY if config.corpus == "mqar" else 256
+        return IntegerTokenizer(default if vocab_size is None else vocab_size)
     return load_tokenizer(config.tokenizer)
 
 
@@ -222,17 +239,18 @@ def _mixed_order(counts: Sequence[int], weights: Sequence[float], seed: int) -> 
     return orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, weights)
 
 
-def _eval_batches(held_out: _RowSource, config: DataConfig, here: slice, end_of_document: int) -> grain.MapDataset:
+def _eval_batches(
+    held_out: _RowSource, config: DataConfig, here: slice, stack: Callable[[Sequence[np.ndarray]], Batch]
+) -> grain.MapDataset:
     batches = grain.MapDataset.range(math.ceil(len(held_out) / config.batch_size))
     if not len(batches):
         return batches
     order = grain.MapDataset.range(len(held_out)).shuffle(seed=0)
-    padding = padding_row(config.sequence_length)
+    padding = np.full_like(held_out[0], -1)  # that of text and of examples alike
 
     def eval_batch(number: int) -> Batch:
         numbers = range(number * config.batch_size, (number + 1) * config.batch_size)[here]
-        rows = [held_out[order[number]] if number < len(order) else padding for number in numbers]
-        return make_batch(rows, end_of_document)
+        return stack([held_out[order[number]] if number < len(order) else padding for number in numbers])
 
     return batches.map(eval_batch)
 

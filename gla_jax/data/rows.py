@@ -145,11 +145,6 @@ def long_spans(spans: Sequence[Span], length: int, *, stream: bool) -> tuple[lis
     return found, longest
 
 
-def padding_row(length: int) -> np.ndarray:
-    """Return a row without a token, [length + 1]."""
-    return np.full(length + 1, _PADDING, np.int32)
-
-
 def make_batch(rows: Sequence[np.ndarray], end_of_document: int) -> Batch:
     """Stack rows and say what each token is.
 

@@ -75,8 +75,8 @@ def _open_source(name: str, weight: float, config: DataConfig, tokenizer: Tokeni
 def _open_arrays(name: str, tokenizer: Tokenizer) -> list[TokenArray]:
     if name in corpora.TEXTS:
         return [tokens_in_memory(name, corpora.TEXTS[name](), tokenizer)]
-    if name == "synthetic":
-        raise ConfigError("data.path: synthetic tokens are no text, so they cannot be mixed; name another corpus.")
+    if name in corpora.GENERATED:
+        raise ConfigError(f"data.path: {name} tokens are no text, so they cannot be mixed; name another corpus.")
     path = Path(name)
     if path.is_dir():
         return open_folder(path)

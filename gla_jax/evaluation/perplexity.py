@@ -24,15 +24,16 @@ def evaluate(
         bytes_per_token: of the held-out text.
 
     Returns:
-        "eval/loss" in nats per token, "eval/perplexity", its exponential, and "eval/bits_per_byte", which can be
-        compared across tokenisers.
+        "eval/loss" in nats per token, "eval/perplexity", its exponential, "eval/bits_per_byte", which can be compared
+        across tokenisers, and "eval/accuracy", the share of tokens that were the likeliest.
     """
-    nll = weight = 0.0  # float64, whatever the number of batches
+    nll = weight = correct = 0.0  # float64, whatever the number of batches
 
     def add(sums: dict[str, jax.Array]) -> None:
-        nonlocal nll, weight
+        nonlocal nll, weight, correct
         fetched = jax.device_get(sums)
         nll, weight = nll + float(fetched["nll"]), weight + float(fetched["weight"])
+        correct += float(fetched["correct"])
 
     in_flight = None
     for batch in batches:
@@ -47,4 +48,5 @@ def evaluate(
         "eval/loss": loss,
         "eval/perplexity": math.exp(min(loss, 700.0)),
         "eval/bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "eval/accuracy": correct / weight,
     }

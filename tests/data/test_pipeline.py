@@ -260,7 +260,7 @@ def test_prefetch_is_by_threads_and_stays_that_far_ahead(config, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"corpus": "kvj"}, "data.corpus='kvj' is none of kjv, stdlib, synthetic; did you mean 'kjv'?"),
+        ({"corpus": "kvj"}, "data.corpus='kvj' is none of kjv, stdlib, synthetic, mqar; did you mean 'kjv'?"),
         ({"path": "kvj"}, "there is no file or folder kvj; .*; did you mean 'kjv'?"),
         ({"path": "gone.tokens"}, "there is no file or folder gone.tokens; make one with"),
         ({"path": "kjv:0.5,stdlib"}, "'stdlib' needs a positive number as its weight"),

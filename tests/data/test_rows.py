@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gla_jax.config import ConfigError
-from gla_jax.data.rows import Rows, Span, make_batch, padding_row, split
+from gla_jax.data.rows import Rows, Span, make_batch, split
 from gla_jax.data.token_file import tokens_in_memory
 from gla_jax.data.tokenizer import load_tokenizer
 
@@ -58,7 +58,7 @@ def test_no_token_of_another_document_shares_a_segment():
 
 
 def test_padding_has_no_weight():
-    batch = make_batch([padding_row(4), np.array([0, 7, 0, -1, -1], np.int32)], 0)
+    batch = make_batch([np.full(5, -1, np.int32), np.array([0, 7, 0, -1, -1], np.int32)], 0)
     assert batch["weights"].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0]]
     assert batch["segment_ids"].tolist() == [[0, 0, 0, 0], [1, 1, 0, 0]]
     assert batch["targets"].tolist() == [[0, 0, 0, 0], [7, 0, 0, 0]]

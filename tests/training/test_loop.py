@@ -64,8 +64,8 @@ def test_metrics_have_a_line_for_every_interval_and_evaluation(finished: Path) -
         [(step, False) for step in logged] + [(step, True) for step in evaluated]
     )
     for line in metrics:
-        names = ["step", *(["eval/loss", "eval/perplexity", "eval/bits_per_byte"] if "eval/loss" in line else
-                 ["loss", "grad_norm", "learning_rate"])]  # fmt: skip
+        names = ["step", *(["eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/accuracy"]
+                 if "eval/loss" in line else ["loss", "grad_norm", "learning_rate"])]  # fmt: skip
         assert list(line) == names
     timings = lines(finished / "timings.jsonl")
     assert [line["step"] for line in timings] == sorted(logged)

@@ -1,0 +1,103 @@
+"""Multi-query associative recall (MQAR): pairs to remember, keys to look them up; figure 4 of the paper.
+
+The generator and its settings are those of Zoology (arXiv 2312.04927), which the paper takes them from.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+import numpy as np
+
+from gla_jax.config import ConfigError
+from gla_jax.data.rows import Batch
+
+VOCABULARY = 8192
+TRAIN_EXAMPLES = 100_000
+HELD_OUT_EXAMPLES = 3_000
+
+_POWER = 0.01
+_NOTHING = -1
+_DRAWN_AT_A_TIME = 8192
+
+
+class AssociativeRecall:
+    """A fixed set of examples, each a row.
+
+    An example of P pairs begins with them, key value key value .., 2 P tokens. Every key comes once more, at 2 P plus
+    twice a gap of its own, where its value is to be predicted; all other tokens are 0, and nothing else is predicted.
+    Keys are drawn from 1 .. vocab_size / 2 - 1, values from the ids above, gaps i from 0 .. T / 2 - P - 1 with
+    probabilities in proportion to (i + 1)^-0.99, one after the other; no two of an example are equal.
+
+    Args:
+        vocab_size: number of ids.
+        length: tokens of an example, T.
+        pairs: P.
+        stream: the name of what decides all draws.
+        examples: how many.
+
+    Raises:
+        ConfigError: sizes that do not go together.
+    """
+
+    def __init__(self, vocab_size: int, length: int, pairs: int, stream: str, examples: int):
+        if length % 2 or not 1 <= pairs <= length // 4:
+            raise ConfigError(
+                f"data.pairs={pairs} must be from 1 to a quarter of data.sequence_length={length}, which must be even."
+            )
+        if pairs > vocab_size // 2 - 1:
+            raise ConfigError(
+                f"data.pairs={pairs} needs as many keys, for which model.vocab_size={vocab_size} is too small; "
+                f"try {VOCABULARY}."
+            )
+        self._length = length
+        gap_weights = np.arange(1, length // 2 - pairs + 1) ** (_POWER - 1)
+        random = np.random.Generator(np.random.Philox(key=int.from_bytes(sha256(stream.encode()).digest()[:16])))
+        self._keys, self._values, self._gaps = (np.empty((examples, pairs), np.int32) for _ in range(3))
+        for first in range(0, examples, _DRAWN_AT_A_TIME):
+            rows = slice(first, min(first + _DRAWN_AT_A_TIME, examples))
+            count = rows.stop - first
+            self._keys[rows] = 1 + _draw_distinct(random, count, pairs, vocab_size // 2 - 1)
+            self._values[rows] = vocab_size // 2 + _draw_distinct(random, count, pairs, vocab_size - vocab_size // 2)
+            # The order in which exponential clocks ring is that of draws by weight without replacement.
+            clocks = random.standard_exponential((count, len(gap_weights))) / gap_weights
+            self._gaps[rows] = np.argsort(clocks, axis=1)[:, :pairs]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return example `index`, [2, T] int32: inputs, and targets with -1 where there is nothing to predict."""
+        keys, values = self._keys[index], self._values[index]
+        queries = 2 * (len(keys) + self._gaps[index])
+        example = np.zeros((2, self._length), np.int32)
+        example[0, 0 : 2 * len(keys) : 2], example[0, 1 : 2 * len(keys) : 2] = keys, values
+        example[0, queries] = keys
+        example[1] = _NOTHING
+        example[1, queries] = values
+        return example
+
+
+def make_recall_batch(rows: Sequence[np.ndarray]) -> Batch:
+    """Stack examples; only answers have weight. An example of nothing but -1 is padding.
+
+    Returns:
+        As `gla_jax.data.rows.make_batch`.
+    """
+    inputs, targets = np.stack(rows, axis=1)
+    return {
+        "inputs": np.maximum(inputs, 0),
+        "targets": np.maximum(targets, 0),
+        "segment_ids": np.ones_like(inputs),
+        "positions": np.tile(np.arange(inputs.shape[1], dtype=np.int32), (len(rows), 1)),
+        "weights": (targets != _NOTHING).astype(np.float32),
+    }
+
+
+def _draw_distinct(random: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:
+    """Draw [rows, count] numbers below a bound, no two in a row equal, in random order (Floyd's algorithm)."""
+    drawn = np.empty((rows, count), np.int32)
+    for place, top in enumerate(range(below - count, below)):
+        new = random.integers(0, top, rows, np.int32, endpoint=True)
+        taken = np.any(drawn[:, :place] == new[:, None], axis=1)
+        drawn[:, place] = np.where(taken, top, new)
+    return random.permuted(drawn, axis=1)
