@@ -154,8 +154,8 @@ def _backward_kernel(*refs: Any, sizes: Sizes, has_initial: bool) -> None:
             dg_ref[rows, lanes] = dg.astype(dg_ref.dtype)
 
         if sizes.gate == "channel":
-            for unit, term in enumerate(terms):
-                dg = gate_gradient(*term, extra is not None)
+            for unit, (reading, writing, through) in enumerate(terms):
+                dg = gate_gradient(reading, writing, through, extra is not None)
                 store(sizes.queries(unit), dg, None if extra is None else extra[unit][0])
             return
 
