@@ -36,8 +36,12 @@ def test_lengths_are_those_of_the_figure():
 
 
 @pytest.mark.long
-def test_recall_is_learnt(tmp_path):
-    small = {"model.vocab_size": "32", "data.sequence_length": "16", "data.pairs": "2", "data.batch_size": "64"}
-    rest = {"steps": "1000", "eval.every": "1000", "optimizer.learning_rate": "0.01"}
-    config = load("configs/mqar.py:64", TINY | small | rest)
+@pytest.mark.parametrize(
+    ("mixer", "hidden_size", "learning_rate", "steps"),
+    [("gla", "32", "1e-2", "1000"), ("attention", "64", "2e-3", "600")],
+)
+def test_recall_is_learnt(tmp_path, mixer, hidden_size, learning_rate, steps):
+    task = {"model.vocab_size": "32", "data.sequence_length": "16", "data.pairs": "2", "data.batch_size": "64"}
+    model = {"model.mixer": mixer, "model.hidden_size": hidden_size, "optimizer.learning_rate": learning_rate}
+    config = load("configs/mqar.py:64", TINY | task | model | {"steps": steps, "eval.every": steps})
     assert train(config, str(tmp_path), devices=jax.devices()[:1]).evaluation["eval/accuracy"] > 0.95
