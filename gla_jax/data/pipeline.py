@@ -135,11 +135,6 @@ def open_dataset(
         eval_bytes = sum(source.split.bytes for source in sources)
         description = [source.description for source in sources]
         content = [[source.weight, source.content] for source in sources]
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.tokenizer={config.tokenizer!r}, "
-            f"{tokenizer.vocab_size}; leave it unset to get that."
-        )
 
     here_count = config.batch_size // process_count
     here = slice(process_index * here_count, (process_index + 1) * here_count)
@@ -216,12 +211,19 @@ def open_tokenizer(config: DataConfig, vocab_size: int | None) -> Tokenizer:
     """Load the tokeniser of the data that a config names; that of generated data fills the model's vocabulary.
 
     Raises:
-        ConfigError: if there is no such file, it cannot be read, or its library is not installed.
+        ConfigError: if there is no such file, it cannot be read, its library is not installed, or it has more ids than
+            the model.
     """
     if config.path is None and config.corpus in corpora.GENERATED:
         default = mqar.VOCABULARY if config.corpus == "mqar" else 256
         return IntegerTokenizer(default if vocab_size is None else vocab_size)
-    return load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={vocab_size} is smaller than the vocabulary of data.tokenizer={config.tokenizer!r}, "
+            f"{tokenizer.vocab_size}; leave it unset to get that."
+        )
+    return tokenizer
 
 
 def _mixed_order(counts: Sequence[int], weights: Sequence[float], seed: int) -> grain.MapDataset:

@@ -321,6 +321,8 @@ def test_rows_are_documents_that_are_long_enough_or_the_stream(tmp_path, write_t
         open_long_rows(config, length=14, stream=False)
     with pytest.raises(ConfigError, match=r"has no 40 tokens in a row; the longest has 33: lower --length to that\."):
         open_long_rows(config, length=40, stream=True)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=24 is smaller than the vocabulary of data\.tokenizer="):
+        open_long_rows(config, length=8, stream=True, vocab_size=24)
     with pytest.raises(ConfigError, match=r"data\.corpus='synthetic' is no text"):
         open_long_rows(DataConfig(corpus="synthetic"), length=8, stream=True)
 
