@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 SMALL = {
     "recurrence": "",
     "train": "STEPS, WIDTH, LAYERS = 4, 32, 2",
-    "extrapolate": "STEPS, TIMES, ROWS = 2, 2, 2",
+    "extrapolate": "STEPS, WIDTH, LAYERS, TIMES, ROWS = 2, 32, 2, 2, 2",
     "mixer": "STEPS, WIDTH, LAYERS = 2, 16, 1",
 }
 SETUP_CELLS = 2

@@ -42,7 +42,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, start: int):
-        self._folder = folder
+        self._folder = folder = folder.absolute()  # Orbax takes no other
         if jax.process_index() == 0:
             for step in _steps(folder):
                 if step > start:

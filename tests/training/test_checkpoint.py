@@ -86,6 +86,13 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
             restore_params(tmp_path / "nowhere", described(make_state(0)).params, refuse)
 
 
+def test_a_folder_may_be_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with jax.set_mesh(make_mesh(FSDP_TENSOR)):
+        save(Path("runs/checkpoints"), {5: None})
+        assert restore_state(Path("runs/checkpoints"), described(make_state(0)), refuse) is not None
+
+
 def test_a_state_may_be_given_up_while_it_is_still_being_written(tmp_path: Path) -> None:
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
     with jax.set_mesh(make_mesh(FSDP_TENSOR)):
