@@ -60,12 +60,7 @@ def generate(
 
     # One program serves all prompts up to the next power of two, and batches that fill the mesh.
     length = 1 << (max(len(prompt) for prompt in prompts) - 1).bit_length()
-    rows = -len(prompts) % axis_size("batch") + len(prompts)
-    tokens = np.zeros((rows, length), np.int32)
-    starts = np.full(rows, length - 1)
-    for row, prompt in enumerate(prompts):
-        starts[row] = length - len(prompt)
-        tokens[row, starts[row] :] = prompt
+    tokens, starts = pad_left(prompts, length)
     graphdef, params = nnx.split(model)
     new = _generate(
         graphdef, params, tokens, starts, jax.random.key(seed), jnp.float32(temperature),
@@ -77,6 +72,41 @@ def generate(
     return results
 
 
+def pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens [B, length] int32 that end together, and where each prompt starts, [B]; B fills the mesh."""
+    rows = -len(prompts) % axis_size("batch") + len(prompts)
+    tokens, starts = np.zeros((rows, length), np.int32), np.full(rows, length - 1)
+    for row, prompt in enumerate(prompts):
+        starts[row] = length - len(prompt)
+        tokens[row, starts[row] :] = prompt
+    return tokens, starts
+
+
+def prefill(model: Any, tokens: jax.Array, starts: jax.Array) -> tuple[jax.Array, Any]:
+    """Read what `pad_left` returns; return the hidden states [B, T, D] and the state after the prompts."""
+    positions = jnp.arange(tokens.shape[1])[None] - starts[:, None]
+    return model.hidden_states(
+        shard(tokens, "batch", "time"),
+        segment_ids=shard((positions >= 0).astype(jnp.int32), "batch", "time"),
+        positions=shard(jnp.maximum(positions, 0), "batch", "time"),
+    )
+
+
+def keys_by_row(key: jax.Array, first_row: jax.Array | int, rows: int) -> jax.Array:
+    """Return a key for each row, [B]; a row's does not depend on the others."""
+    return shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(rows)), "batch")
+
+
+def draw_token(
+    model: Any, hidden: jax.Array, row_keys: jax.Array, number: jax.Array, temperature: jax.Array, *,
+    top_k: int, top_p: float,
+) -> jax.Array:  # fmt: skip
+    """Draw every row's token of that number, [B] int32, given the last hidden state, [B, 1, D]."""
+    logits = shard(model.logits(hidden)[:, 0], "batch", None)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, number)
+    return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "top_k", "top_p", "end_token"))
 @whole_rows()
 def _generate(
@@ -86,18 +116,13 @@ def _generate(
     """Return [B, max_tokens] int32; rows that ended are filled up with `end_token`."""
     model = nnx.merge(graphdef, params)
     rows, length = tokens.shape
-    row_keys = shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)), "batch")
+    row_keys = keys_by_row(key, 0, rows)
 
     def draw(hidden: jax.Array, step: jax.Array) -> jax.Array:
-        logits = shard(model.logits(hidden[:, -1:])[:, 0], "batch", None)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
-        return sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        return draw_token(model, hidden[:, -1:], row_keys, step, temperature, top_k=top_k, top_p=top_p)
 
-    positions = jnp.arange(length)[None] - starts[:, None]
-    segment_ids = shard((positions >= 0).astype(jnp.int32), "batch", "time")
-    positions = shard(jnp.maximum(positions, 0), "batch", "time")
-    tokens, starts = shard(tokens, "batch", "time"), shard(starts, "batch")
-    hidden, state = model.hidden_states(tokens, segment_ids=segment_ids, positions=positions)
+    hidden, state = prefill(model, tokens, starts)
+    starts = shard(starts, "batch")
     first = draw(hidden, jnp.int32(0))
     new = shard(jnp.full((rows, max_tokens), 0 if end_token is None else end_token, jnp.int32), "batch", None)
     new = new.at[:, 0].set(first)

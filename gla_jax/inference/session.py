@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.config import ConfigError
-from gla_jax.inference.sampling import sample
+from gla_jax.inference.generation import draw_token, keys_by_row, pad_left, prefill
 from gla_jax.models import LanguageModel
-from gla_jax.parallel.sharding import axis_size, shard, whole_rows
+from gla_jax.parallel.sharding import shard, whole_rows
 
 _FED_AT_A_TIME = 2048
 
@@ -61,12 +61,7 @@ class Session:
         if room is not None and length + reserve > room:
             length = longest
         self._make_room(length)
-        rows = -len(prompts) % axis_size("batch") + len(prompts)
-        tokens, starts = np.zeros((rows, length), np.int32), np.full(rows, length - 1)
-        for row, prompt in enumerate(prompts):
-            starts[row] = length - len(prompt)
-            tokens[row, starts[row] :] = prompt
-        self._last, self._state = _prefill(self._graphdef, self._params, tokens, starts)
+        self._last, self._state = _prefill(self._graphdef, self._params, *pad_left(prompts, length))
 
     def draw(self, count: int) -> np.ndarray:
         """Add tokens to every row: [rows, count] int32."""
@@ -150,12 +145,7 @@ def _wide(leaf: jax.Array) -> jax.Array:
 @whole_rows()
 def _prefill(graphdef: Any, params: Any, tokens: jax.Array, starts: jax.Array) -> tuple[jax.Array, Any]:
     """Read rows whose tokens begin at `starts`; return the last hidden state [B, 1, D] and the state."""
-    positions = jnp.arange(tokens.shape[1])[None] - starts[:, None]
-    hidden, state = nnx.merge(graphdef, params).hidden_states(
-        shard(tokens, "batch", "time"),
-        segment_ids=shard((positions >= 0).astype(jnp.int32), "batch", "time"),
-        positions=shard(jnp.maximum(positions, 0), "batch", "time"),
-    )
+    hidden, state = prefill(nnx.merge(graphdef, params), tokens, starts)
     return hidden[:, -1:], state
 
 
@@ -173,13 +163,11 @@ def _draw(
     first_row: jax.Array, drawn: jax.Array, *, count: int, top_k: int, top_p: float,
 ) -> tuple[jax.Array, jax.Array, Any]:  # fmt: skip
     model = nnx.merge(graphdef, params)
-    row_keys = shard(jax.vmap(lambda row: jax.random.fold_in(key, row))(first_row + jnp.arange(last.shape[0])), "batch")
+    row_keys = keys_by_row(key, first_row, last.shape[0])
 
     def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
         last, state = carry
-        logits = shard(model.logits(last)[:, 0], "batch", None)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, number)
-        token = sample(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = draw_token(model, last, row_keys, number, temperature, top_k=top_k, top_p=top_p)
         last, state = model.hidden_states(token[:, None], state)
         return (last, state), token
 
