@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.gated_linear_attention import reference
+from pallas_kernels.gated_linear_attention.shards import per_shard
 from pallas_kernels.target import target
 
 IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu", "mosaic_tpu")
@@ -96,7 +97,8 @@ def gated_linear_attention(
     best = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
     unsupported = functools.partial(_unsupported, arguments=arguments, chunk_size=chunk_size, interpret=interpret)
     name = _choose("gated_linear_attention", implementation, best, unsupported)
-    return _module(name).gated_linear_attention(*arguments, scale=scale, chunk_size=chunk_size, interpret=interpret)
+    options = {"scale": scale, "chunk_size": chunk_size, "interpret": interpret}
+    return _run(functools.partial(_module(name).gated_linear_attention, **options), *arguments)
 
 
 def gated_linear_attention_support(
@@ -188,10 +190,24 @@ def gated_linear_attention_step(
     name = _choose("gated_linear_attention_step", implementation, best, unsupported)
     if name == "reference":
         options = {"scale": scale, "chunk_size": None, "interpret": interpret}
-        out, state = reference.gated_linear_attention(q, k, v, g, state, None, **options)
-        return out[:, 0], state
-    q, k, v, g = (x if x is None else x[:, 0] for x in (q, k, v, g))
-    return _module(_STEPS[name]).gated_linear_attention_step(q, k, v, g, state, scale=scale, interpret=interpret)
+        step = functools.partial(reference.gated_linear_attention, **options)
+    else:
+        step = functools.partial(_step, _module(_STEPS[name]), scale=scale, interpret=interpret)
+    out, state = _run(step, q, k, v, g, state, None)
+    return out[:, 0], state
+
+
+def _step(module, query, key, value, log_decay, state, segment_ids, **options):
+    """Run a module's step on arrays with a time axis of 1; `segment_ids` is None."""
+    query, key, value, log_decay = (x if x is None else x[:, 0] for x in (query, key, value, log_decay))
+    out, state = module.gated_linear_attention_step(query, key, value, log_decay, state, **options)
+    return out[:, None], state
+
+
+def _run(function, *arguments):
+    """Call an implementation on each device's own rows and heads; all its arguments vary over the same manual axes."""
+    varied = lambda *parts: function(*_vary_alike(*parts))
+    return per_shard(varied, *arguments)
 
 
 def _choose(op, implementation, best, unsupported):
@@ -287,7 +303,7 @@ def _checked(query, key, value, log_decay, initial_state, segment_ids, chunk_siz
             )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be None or a positive integer.")
-    return _vary_alike(query, key, value, log_decay, initial_state, segment_ids)
+    return query, key, value, log_decay, initial_state, segment_ids
 
 
 def _checked_log_decay(log_decay, shape, heads):

@@ -217,7 +217,7 @@ def step_arguments(**changes):
 @pytest.mark.parametrize("reason", [None, "the moon is full."])
 def test_a_step_takes_the_kernel_on_tpu_where_it_serves(monkeypatch, caplog, reason):
     def step(query, key, value, log_decay, state, *, scale, interpret):
-        return "the kernel's", state
+        return jnp.full(query.shape[:2] + value.shape[-1:], 7.0), state
 
     module = types.SimpleNamespace(unsupported_step=lambda *_, interpret: reason, gated_linear_attention_step=step)
     monkeypatch.setattr(api, "_module", {"mosaic_tpu_step": module}.__getitem__)
@@ -228,7 +228,7 @@ def test_a_step_takes_the_kernel_on_tpu_where_it_serves(monkeypatch, caplog, rea
         out, _ = gated_linear_attention_step(**step_arguments())
     said = [record.getMessage() for record in caplog.records]
     if reason is None:
-        assert out == "the kernel's" and not said
+        assert (out == 7).all() and not said
     else:
         np.testing.assert_array_equal(out, expected)
         assert said == [f"gated_linear_attention_step runs as 'reference' and not as 'mosaic_tpu': {reason}"]

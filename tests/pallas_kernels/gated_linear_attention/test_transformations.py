@@ -1,6 +1,7 @@
 """What holds for the op beyond its values: halves, segments, padding, causality, transformations, program size."""
 
 import functools
+import importlib
 import itertools
 
 import jax
@@ -212,19 +213,69 @@ def test_shard_map_over_batch_and_heads_equals_one_device(op, gate, axis_type):
     assert_close(jax.device_get(actual), jax.device_get(expected))
 
 
-def test_explicit_sharding_passes_through():
-    """Without shard_map too: the op's arrays may be laid out over batch and heads in an explicit mesh."""
-    op = functools.partial(gated_linear_attention, implementation="chunked", chunk_size=4)
-    args = arguments(batch=4, heads=4, kv_heads=2)
-    expected = gradients(op, *args)
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        specs = [PartitionSpec("data", None, "tensor", None)] * 4 + [PartitionSpec("data", "tensor", None, None)]
-        laid_out = [jax.sharding.reshard(x, spec) for x, spec in zip(args, specs, strict=True)]
-        actual = jax.jit(functools.partial(gradients, op))(*laid_out)
-        assert [jax.typeof(x).sharding.spec for x in actual] == specs
+def explicit_mesh():
+    return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+
+
+ROWS_AND_HEADS = PartitionSpec("data", None, "tensor", None)
+
+
+@pytest.mark.parametrize("gate", ["of each token", "of each head", "none"])
+def test_arrays_laid_out_over_rows_and_heads_stay_where_they_are(op, gate):
+    """The op on eight devices equals one device, and not a byte of its arguments is sent."""
+    args = list(arguments(batch=4, heads=4, kv_heads=2))
+    args[3] = {"of each token": args[3], "of each head": jnp.full((1, 1, 2, 1), -0.2), "none": None}[gate]
+    differentiable = (0, 1, 2, 4) if gate == "none" else (0, 1, 2, 3, 4)
+    gradient = jax.grad(functools.partial(loss, op), argnums=differentiable)
+    expected = gradient(*args)
+    with jax.set_mesh(explicit_mesh()):
+        gate_spec = ROWS_AND_HEADS if gate == "of each token" else PartitionSpec(None, None, "tensor", None)
+        specs = [ROWS_AND_HEADS] * 3 + [gate_spec, PartitionSpec("data", "tensor", None, None)]
+        laid_out = [x if x is None else jax.sharding.reshard(x, spec) for x, spec in zip(args, specs, strict=True)]
+        actual = jax.jit(gradient)(*laid_out)
+        assert [jax.typeof(x).sharding.spec for x in actual] == [specs[i] for i in differentiable]
         assert [jax.typeof(x).sharding.spec for x in jax.jit(op)(*laid_out[:4])] == [specs[0], specs[4]]
+        program = jax.jit(lambda *args: op(*args[:4], initial_state=args[4])).lower(*laid_out).compile().as_text()
+    assert not [name for name in ("all-gather", "all-to-all", "all-reduce", "collective") if name in program]
     assert_close(jax.device_get(actual), jax.device_get(expected))
+
+
+def test_steps_of_arrays_laid_out_over_rows_and_heads():
+    query, key, value, log_decay, state = arguments(batch=4, heads=4, kv_heads=2)
+    token = [x[:, 0] for x in (query, key, value, log_decay)]
+    expected = gated_linear_attention_step(*token, state)
+    with jax.set_mesh(explicit_mesh()):
+        laid_out = [jax.sharding.reshard(x, PartitionSpec("data", "tensor")) for x in (*token, state)]
+        actual = jax.jit(gated_linear_attention_step)(*laid_out)
+    assert_close(jax.device_get(actual), jax.device_get(expected))
+
+
+@pytest.mark.parametrize(
+    ("platform", "implementation", "call"),
+    [("cuda", "mosaic_gpu", "mosaic_gpu_v2"), ("tpu", "mosaic_tpu", "tpu_custom_call")],
+    ids=["hopper", "tpu"],
+)
+def test_kernels_see_the_part_of_their_device(platform, implementation, call, monkeypatch):
+    """4 rows and 4 heads on 4 x 2 devices: the kernel's output is of 1 row and 2 heads."""
+    module = importlib.import_module(f"pallas_kernels.gated_linear_attention.{implementation}")
+    monkeypatch.setattr(module, "unsupported", lambda *args, **kwargs: None)  # which asks for the devices of this test
+    with jax.set_mesh(explicit_mesh()):
+        like = jax.ShapeDtypeStruct((4, 256, 4, 128), jnp.bfloat16, sharding=ROWS_AND_HEADS)
+        op = functools.partial(gated_linear_attention, implementation=implementation)
+        program = jax.jit(op).trace(like, like, like, like).lower(lowering_platforms=(platform,)).as_text()
+    (line,) = [line for line in program.splitlines() if f"@{call}(" in line]
+    results = line.rsplit("->", 1)[1]
+    assert "tensor<1x2x128x128xf32>" in results and "tensor<4x" not in results
+
+
+def test_says_what_cannot_be_laid_out():
+    args = arguments(batch=4, time=24, heads=4, kv_heads=1)[:4]
+    with jax.set_mesh(explicit_mesh()):
+        lay_out = lambda *spec: [jax.sharding.reshard(x, PartitionSpec(*spec)) for x in args]
+        with pytest.raises(ValueError, match="laid out over mesh axis 'data' along its time"):
+            gated_linear_attention(*lay_out(None, "data"))
+        with pytest.raises(ValueError, match="must divide the 1 heads of key"):
+            gated_linear_attention(jax.sharding.reshard(args[0], ROWS_AND_HEADS), *lay_out("data")[1:])
 
 
 def test_program_size_does_not_grow_with_time(op):
