@@ -82,11 +82,11 @@ def barrier(arrivals, count=1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def kernel(body, *, name, interpret, **kwargs):
-    """Return `body` as a kernel of three warpgroups."""
+def kernel(body, *, name, interpret, warpgroups=3, **kwargs):
+    """Return `body` as a kernel of so many warpgroups."""
     return plgpu.kernel(
         body,
-        num_threads=3,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
         interpret=plgpu.InterpretGPUParams() if interpret else None,
