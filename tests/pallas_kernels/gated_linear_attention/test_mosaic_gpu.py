@@ -147,6 +147,39 @@ def test_lowers_for_cuda(shape):
     assert "gla_backward" in text and "gla_forward" in text
 
 
+def test_recomputed_layers_run_no_kernel_for_nothing():
+    """A scan over layers under `jax.checkpoint`: a forward that saves nothing, then one that saves, and the backward."""
+    like = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
+    op = lambda *x: mosaic_gpu.gated_linear_attention(*x, None, None, scale=1.0, chunk_size=None, interpret=False)[0]
+
+    def loss(q, k, v, g):
+        q, _ = jax.lax.scan(lambda q, _: (jax.checkpoint(op)(q, k, v, g), None), q, length=3)
+        return jnp.sum(q.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    program = gradient.trace(like, like, like, like).lower(lowering_platforms=("cuda",)).as_text()
+    results = [line.rsplit("->", 1)[1] for line in program.splitlines() if "@mosaic_gpu" in line]
+    assert [line.count("tensor<") for line in results] == [2, 5, 5]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shared", [False, True], ids=["a gate each", "one gate"])
+def test_vmap_equals_a_loop(shared):
+    many, _ = inputs(2, 64, 1, 1, 64, 64, "bfloat16", "")
+    query, key, value, gate = (x[:, None] for x in many[:4])
+    if shared:
+        gate = gate[0]
+    op = lambda *x: mosaic_gpu.gated_linear_attention(*x, None, None, scale=0.1, chunk_size=None, interpret=True)
+    loss = lambda *x: sum(jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in op(*x))
+    total = lambda *x: jax.vmap(loss, in_axes=(0, 0, 0, None if shared else 0))(*x).sum()
+    mapped = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(query, key, value, gate)
+    one = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    each = [one(query[i], key[i], value[i], gate if shared else gate[i]) for i in range(2)]
+    *expected, of_gate = (jnp.stack(x).astype(jnp.float32) for x in zip(*each, strict=True))
+    for x, y in zip(mapped, (*expected, of_gate.sum(0) if shared else of_gate), strict=True):
+        assert error(x, np.asarray(y, np.float64)) < 4e-3
+
+
 def test_says_why_it_does_not_serve():
     (q, k, v, g, _, _), _ = inputs(1, 64, 1, 1, 64, 64, "bfloat16", "")
     reason = functools.partial(mosaic_gpu.unsupported, chunk_size=None, interpret=True)
