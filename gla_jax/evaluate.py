@@ -79,6 +79,7 @@ def _score_held_out() -> None:
     import jax
 
     from gla_jax.config import ConfigError, MeshConfig
+    from gla_jax.data.mqar import most_scored
     from gla_jax.evaluation import evaluate
     from gla_jax.models import abstract_model
     from gla_jax.parallel.mesh import make_mesh
@@ -96,7 +97,7 @@ def _score_held_out() -> None:
         graphdef, abstract = abstract_model(config.model, config.dtype)
         params, step = restore_params(workdir / "checkpoints", abstract, lambda text: print(text, file=sys.stderr))
         figures = evaluate(
-            make_eval_step(graphdef),
+            make_eval_step(graphdef, most_scored=most_scored(config.data)),
             params,
             data.eval_batches(_BATCHES.value),
             batch_size=config.data.batch_size,

@@ -8,7 +8,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from gla_jax.config import ConfigError
+from gla_jax.config import ConfigError, DataConfig
 from gla_jax.data.rows import Batch
 
 VOCABULARY = 8192
@@ -91,6 +91,11 @@ def make_recall_batch(rows: Sequence[np.ndarray]) -> Batch:
         "positions": np.tile(np.arange(inputs.shape[1], dtype=np.int32), (len(rows), 1)),
         "weights": (targets != _NOTHING).astype(np.float32),
     }
+
+
+def most_scored(config: DataConfig) -> int | None:
+    """Return how many tokens of a row have weight at most, where that is known beforehand; None: any number may."""
+    return config.pairs if config.path is None and config.corpus == "mqar" else None
 
 
 def _draw_distinct(random: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gla_jax.config import Config, ConfigError
-from gla_jax.data import Data, open_dataset
+from gla_jax.data import Data, mqar, open_dataset
 from gla_jax.evaluation import EvalStep, evaluate
 from gla_jax.inference import generate
 from gla_jax.models import abstract_model, bind, parameter_table
@@ -89,7 +89,8 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
             state = init_state(config, optimizer, params)
         start = int(state.step)
 
-        train_step, eval_step = make_train_step(config, graphdef, optimizer), make_eval_step(graphdef)
+        train_step = make_train_step(config, graphdef, optimizer)
+        eval_step = make_eval_step(graphdef, most_scored=mqar.most_scored(config.data))
         throughput = Throughput(
             tokens_per_step=config.data.batch_size * config.data.sequence_length,
             flops_per_token=3 * bind(graphdef, abstract_params).flops_per_token(config.data.sequence_length),

@@ -21,6 +21,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
+    most_scored: int | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[jax.Array, Sums]:
     """Add up the weighted cross-entropy of all tokens: sums, so that microbatches and hosts can be added to each other.
@@ -35,6 +36,8 @@ def cross_entropy(
         targets: [B, T] int32, the tokens to predict.
         weights: [B, T] float32, 0 for tokens that do not count.
         z_loss: coefficient of log(Z)^2, which keeps logits near 0 (arXiv 2204.02311, section 5).
+        most_scored: no row has more tokens than this whose weight is not 0, and the logits of the others are not
+            computed; None: any number.
         chunk_tokens: tokens of a device whose logits are held at a time; None: as many as make `CHUNK_LOGITS`.
 
     Returns:
@@ -52,9 +55,24 @@ def cross_entropy(
         )
     if hidden.shape[2] != head.shape[0]:
         raise ValueError(f"head {head.shape} must be [D, vocab] for hidden {hidden.shape} with D={hidden.shape[2]}")
+    if most_scored is not None:
+        hidden, targets, weights = _keep_scored(most_scored, hidden, targets, weights)
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_LOGITS * axis_size("vocab") // head.shape[1])
     return _cross_entropy(z_loss, chunk_tokens, hidden, head, targets, weights)
+
+
+def _keep_scored(most, hidden, targets, weights):
+    """Keep, of each device's part of a row, no more tokens than may have a weight."""
+
+    def keep(hidden, targets, weights):
+        _, places = jax.lax.top_k(jnp.where(weights != 0, 1, 0), min(most, weights.shape[1]))
+        take = lambda x: jnp.take_along_axis(x, places, axis=1)
+        return jnp.take_along_axis(hidden, places[..., None], axis=1), take(targets), take(weights)
+
+    row = ("batch", "time")
+    axes = ((*row, None), row, row)
+    return per_shard(keep, axes, axes)(hidden, targets, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gla_jax.config import Config
+from gla_jax.data import mqar
 from gla_jax.models import bind
 from gla_jax.training.loss import cross_entropy
 from gla_jax.training.optimizer import make_schedule
@@ -38,7 +39,12 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         model = bind(graphdef, params)
         hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
         return cross_entropy(
-            hidden, model.head_matrix(), batch["targets"], batch["weights"], z_loss=config.optimizer.z_loss
+            hidden,
+            model.head_matrix(),
+            batch["targets"],
+            batch["weights"],
+            z_loss=config.optimizer.z_loss,
+            most_scored=mqar.most_scored(config.data),
         )
 
     def total_gradient(params: Params, batch: Batch) -> tuple[Params, Metrics]:
@@ -76,13 +82,16 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(graphdef: Any) -> Callable[[Params, Batch], Metrics]:
-    """Return the compiled function from parameters and a batch to the sums of `cross_entropy`."""
+def make_eval_step(graphdef: Any, *, most_scored: int | None = None) -> Callable[[Params, Batch], Metrics]:
+    """Return the compiled function from parameters and a batch to the sums of `cross_entropy`, which see."""
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         model = bind(graphdef, params)
         hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-        return cross_entropy(hidden, model.head_matrix(), batch["targets"], batch["weights"])[1]
+        _, sums = cross_entropy(
+            hidden, model.head_matrix(), batch["targets"], batch["weights"], most_scored=most_scored
+        )
+        return sums
 
     return jax.jit(eval_step)
 

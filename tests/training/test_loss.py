@@ -99,6 +99,21 @@ def test_a_mesh_equals_one_device(sizes):
         assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("sizes", [None, {"fsdp": 2, "sequence": 2, "tensor": 2}], ids=["one device", "mesh"])
+def test_tokens_without_weight_may_be_left_out(sizes):
+    hidden, head, targets, weights = inputs()
+    weights = weights.at[:, 4:].set(0).at[0].set(0).at[1, 0].set(0).at[1, 5].set(2)  # at most 4 in a row, one has none
+    wanted_sums, (d_hidden, d_head, _) = truth(hidden, head, targets, weights, 0.1)
+    with jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1} | (sizes or {})), None if sizes else jax.devices()[:1])):
+        placed = [shard(x, "batch", "time", *[None] * (x.ndim - 2)) for x in (hidden, targets, weights)]
+        arguments = placed[0], shard(head, "embed", "vocab"), *placed[1:]
+        _, sums, gradients = compute(*arguments, z_loss=0.1, most_scored=4, chunk_tokens=3)
+    for name, wanted in wanted_sums.items():
+        np.testing.assert_allclose(sums[name], wanted, rtol=1e-5, err_msg=name)
+    assert_close(gradients[0], d_hidden)
+    assert_close(gradients[1], d_head)
+
+
 def test_bfloat16_products_are_summed_in_float32():
     hidden, head, targets, weights = inputs()
     arguments = (hidden.astype(jnp.bfloat16), head, targets, weights)

@@ -1,0 +1,135 @@
+"""Train one model at several learning rates at once: a point of a sweep.
+
+Models of a few million parameters leave a device idle between two steps. Here the learning rates of a point are one
+program, `jax.vmap` over parameters and optimiser states, which makes many steps before it returns.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gla_jax.config import Config, ConfigError
+from gla_jax.data import Data, mqar, open_dataset
+from gla_jax.models import abstract_model
+from gla_jax.training.optimizer import make_optimizer
+from gla_jax.training.state import TrainState, init_state
+from gla_jax.training.step import Batch, Metrics, make_eval_step, make_train_step
+
+AVERAGED_STEPS = 200
+"""Last steps whose training loss is averaged, as in the paper's table 4."""
+_MOST_STEPS_AT_ONCE = 64
+_MOST_BYTES_AT_ONCE = 2**27
+"""Of batches, moved to the device for one call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What an evaluation found. The lists have an entry for each learning rate."""
+
+    step: int
+    loss: list[float]
+    """Of training, averaged over the last `AVERAGED_STEPS` steps, nats per token."""
+    eval_loss: list[float]
+    eval_accuracy: list[float]
+    seconds: float
+    """Since training began, compilation included."""
+
+
+def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[Progress]:
+    """Train a model at several learning rates, on the same batches, on the default device.
+
+    Every model makes the steps that `gla_jax.training.train` would make with its learning rate on one device. The
+    config's mesh and what it says of checkpoints, samples, profiles and logs is not used.
+
+    Args:
+        config: the run.
+        learning_rates: in the place of `optimizer.learning_rate`.
+
+    Yields:
+        The progress after every `eval.every` steps and after the last one; a model that has diverged has NaN. Whoever
+        has seen enough stops asking.
+
+    Raises:
+        ConfigError: the data cannot be served, or hold nothing out.
+    """
+    start = time.monotonic()
+    data = open_dataset(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
+    if not data.eval_tokens:
+        raise ConfigError(f"data.held_out={config.data.held_out} leaves nothing to evaluate; try 0.05.")
+    vocab_size = config.model.vocab_size or data.vocab_size
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    run_steps, evaluate = make_steps(config)
+    rates = jnp.asarray(learning_rates, jnp.float32)
+    states, batches = stack_states(config, len(rates)), data.train_batches()
+    losses: list[Any] = []
+    for step, count in _calls(config, data):
+        chunk = [next(batches) for _ in range(count)]
+        states, measured = run_steps(states, rates, jax.tree.map(lambda *rows: np.stack(rows), *chunk))
+        losses.append(measured["loss"])  # [steps, learning rates], left on the device until it is asked for
+        if step == config.steps or (config.eval.every and step % config.eval.every == 0):
+            sums = [evaluate(states, batch) for batch in data.eval_batches(config.eval.batches)]
+            nll, weight, correct = (
+                np.sum([np.asarray(each[name], np.float64) for each in sums], axis=0)
+                for name in ("nll", "weight", "correct")
+            )
+            recent = np.concatenate(jax.device_get(losses))[-AVERAGED_STEPS:]
+            losses = [recent]
+            yield Progress(
+                step,
+                recent.mean(axis=0).tolist(),
+                (nll / weight).tolist(),
+                np.where(np.isfinite(nll), correct / weight, math.nan).tolist(),
+                time.monotonic() - start,
+            )
+
+
+def make_steps(config: Config) -> tuple[Callable[..., tuple[TrainState, Metrics]], Callable[..., Metrics]]:
+    """Return the compiled functions that train and score the models of one config.
+
+    Returns:
+        (states, learning rates [L], batches of arrays [steps, B, T]) -> (states, metrics [steps, L]), which gives its
+        first argument's memory up; and (states, batch) -> sums [L].
+    """
+    graphdef, _ = abstract_model(config.model, config.dtype)
+    eval_step = make_eval_step(graphdef, most_scored=mqar.most_scored(config.data))
+
+    def train_one(rate: Any, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The schedule is arithmetic on the learning rate, so a traced one serves it as a number does.
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        tuned = dataclasses.replace(config, optimizer=optimizer)
+        return make_train_step(tuned, graphdef, make_optimizer(optimizer, config.steps))(state, batch)
+
+    def run_steps(states: TrainState, rates: jax.Array, batches: Batch) -> tuple[TrainState, Metrics]:
+        train_all = jax.vmap(train_one, in_axes=(0, 0, None))
+        return jax.lax.scan(lambda states, batch: train_all(rates, states, batch), states, batches)
+
+    def evaluate(states: TrainState, batch: Batch) -> Metrics:
+        return jax.vmap(eval_step, in_axes=(0, None))(states.eval_params, batch)
+
+    return jax.jit(run_steps, donate_argnums=0), jax.jit(evaluate)
+
+
+def stack_states(config: Config, count: int) -> TrainState:
+    """Make the state before the first step, so many times: the learning rates start from the same parameters."""
+    state = init_state(config, make_optimizer(config.optimizer, config.steps))
+    return jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), state)
+
+
+def _calls(config: Config, data: Data) -> Iterator[tuple[int, int]]:
+    """Cut the run into calls of equally many steps, for one program, with an end wherever an evaluation is due.
+
+    Yields:
+        The step after a call, and the steps in it.
+    """
+    together = math.gcd(config.steps, config.eval.every)
+    size = sum(rows.nbytes for rows in data.train_batch(0).values())
+    most = min(_MOST_STEPS_AT_ONCE, max(1, _MOST_BYTES_AT_ONCE // size))
+    count = max(steps for steps in range(1, min(most, together) + 1) if together % steps == 0)
+    for step in range(count, config.steps + 1, count):
+        yield step, count
