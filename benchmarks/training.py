@@ -1,0 +1,219 @@
+"""Time training steps of whole models: tokens per second, share of the peak, memory, and where the time goes.
+
+    python benchmarks/training.py --models=gla_1p3b,transformer_1p3b --shapes=8x2048,1x16384 --output=training.json
+    python benchmarks/plot.py training.json training.png
+
+A model is a file in `configs/`, as it is but for the rows of a step, no recomputation of layers (`--set=model.remat=full`
+brings it back) and one device if there is one. The step is the trainer's own: compiled, donated, AdamW, float32
+parameters, bfloat16 compute. Tokens are random, each row one document, or `--documents` of equal length. As in the
+trainer, a step is dispatched before the metrics of the one before it are fetched; a step's time is that between two
+fetches. FLOPs are the model's: matrix products and the mixers' own, nothing for recomputation.
+`--profile=FOLDER` keeps the trace, which xprof and Perfetto open.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.kernel_times import read_kernels, read_op_names
+from gla_jax.config import Config, load
+from gla_jax.hardware import GIB, peak_flops
+from gla_jax.models import abstract_model, bind
+from gla_jax.parallel.mesh import make_mesh, place_batch
+from gla_jax.parallel.program import read_memory
+from gla_jax.training.optimizer import make_optimizer
+from gla_jax.training.planning import abstract_batch
+from gla_jax.training.state import abstract_state, init_state
+from gla_jax.training.step import make_train_step
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRACED_STEPS = 3
+
+
+def make_config(model: str, shape: str, settings: Mapping[str, str]) -> Config:
+    """Return the config of a model at a shape "8x2048": rows by tokens."""
+    rows, length = shape.split("x")
+    overrides = {"model.remat": "none", "data.batch_size": rows, "data.sequence_length": length}
+    return load(str(CONFIGS / f"{model}.py"), overrides | dict(settings))
+
+
+def random_batch(config: Config, documents: int) -> dict[str, Any]:
+    """Return a batch of random tokens on the devices; with one document a row, nothing says where documents begin."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(rows, length + 1), dtype=np.int32)
+    positions = np.arange(length, dtype=np.int32) % -(-length // documents)
+    batch = {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(positions, (rows, length)),
+        "weights": np.ones((rows, length), np.float32),
+    }
+    if documents > 1:
+        batch["segment_ids"] = np.broadcast_to(np.cumsum(positions == 0, dtype=np.int32), (rows, length))
+    placed: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in batch.items()}
+    return {"segment_ids": None} | place_batch(placed, rows)
+
+
+def lower_step(config: Config, documents: int) -> Any:
+    """Trace the training step for the current mesh, ready to be compiled."""
+    graphdef, params = abstract_model(config.model, config.dtype)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    batch = abstract_batch(config)
+    if documents == 1:
+        batch["segment_ids"] = None
+    step: Any = make_train_step(config, graphdef, optimizer)
+    return step.lower(abstract_state(config, optimizer, params), batch)
+
+
+def compile_step(config: Config, documents: int, options: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
+    """Compile the training step; return it and the seconds that tracing and compiling took."""
+    start = time.perf_counter()
+    lowered = lower_step(config, documents)
+    traced = time.perf_counter()
+    compiled = lowered.compile(compiler_options=dict(options) or None)
+    return compiled, {"trace": round(traced - start, 2), "compile": round(time.perf_counter() - traced, 2)}
+
+
+def run_steps(step: Any, state: Any, batch: Any, count: int) -> tuple[Any, list[float], list[float]]:
+    """Run steps as the trainer does; return the state, every loss, and the seconds between one and the next."""
+    losses, stamps, newest = [], [], None
+    for _ in range(count):
+        state, metrics = step(state, batch)
+        if newest is not None:
+            losses.append(float(newest["loss"]))
+            stamps.append(time.perf_counter())
+        newest = metrics
+    assert newest is not None
+    losses.append(float(newest["loss"]))
+    stamps.append(time.perf_counter())
+    return state, losses, list(np.diff(stamps))
+
+
+@contextlib.contextmanager
+def trace_folder(folder: Path | None) -> Iterator[Path]:
+    """Provide a folder for a trace: the one that is wanted, or one that goes away."""
+    if folder is not None:
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+
+
+def measure(
+    config: Config,
+    *,
+    steps: int,
+    documents: int = 1,
+    options: Mapping[str, Any] | None = None,
+    profile: Path | None = None,
+    compiled: tuple[Any, dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Compile, run and trace the training step of a config on the current mesh.
+
+    Args:
+        config: the run.
+        steps: timed ones, after three to warm up.
+        documents: in each row.
+        options: of the compiler, e.g. {"xla_gpu_enable_latency_hiding_scheduler": True}.
+        profile: where the trace is kept; None: nowhere.
+        compiled: what `compile_step` returned for this config, if it was called before.
+    """
+    step, seconds = compiled or compile_step(config, documents, options or {})
+    memory = read_memory(step)
+    state = init_state(config, make_optimizer(config.optimizer, config.steps))
+    batch = random_batch(config, documents)
+    state, first_losses, _ = run_steps(step, state, batch, 3)
+    state, losses, times = run_steps(step, state, batch, steps + 1)
+    with trace_folder(profile) as folder:
+        with jax.profiler.trace(str(folder)):
+            state, _, _ = run_steps(step, state, batch, TRACED_STEPS)
+            jax.block_until_ready(state)
+        kernels = read_kernels(folder, read_op_names(step.as_text()), TRACED_STEPS)
+    devices = jax.sharding.get_mesh().devices.flat
+    tokens, length = config.data.batch_size * config.data.sequence_length, config.data.sequence_length
+    graphdef, params = abstract_model(config.model, config.dtype)
+    flops = 3 * bind(graphdef, params).flops_per_token(length)
+    peak, median = peak_flops(devices[0].device_kind), statistics.median(times)
+    in_use = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
+    rate = lambda seconds: round(tokens / seconds)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "step_ms": round(1e3 * median, 3),
+        "tokens_per_second": {"median": rate(median), "least": rate(max(times)), "most": rate(min(times))},
+        "gflops_per_token": round(flops / 1e9, 3),
+        "mfu": None if peak is None else round(flops * tokens / median / peak / len(devices), 4),
+        "memory_GiB": {
+            "program": round(memory.peak / GIB, 2),
+            "arguments": round(memory.arguments / GIB, 2),
+            "process_so_far": None if in_use is None else round(in_use / GIB, 2),
+        },
+        "seconds": seconds,
+        "losses": [round(loss, 5) for loss in first_losses + losses],
+        "kernels": kernels,
+    }
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """Turn "NAME=VALUE" texts into a dict."""
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every model at every shape and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="gla_1p3b,transformer_1p3b,gla_340m", help="files in configs/, by comma")
+    parser.add_argument("--shapes", default="8x2048", help="rows x tokens of a step, by comma")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--documents", type=int, default=1, help="documents in each row")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the config")
+    parser.add_argument("--xla", action="append", default=[], metavar="NAME=VALUE", help="an option of the compiler")
+    parser.add_argument("--cache", help="folder of compiled programs to use and to fill")
+    parser.add_argument("--profile", type=Path, help="folder to keep the traces in")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON")
+    options = parser.parse_args(arguments)
+    if options.cache:
+        jax.config.update("jax_compilation_cache_dir", options.cache)
+    report: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "set": options.set,
+        "xla": options.xla,
+        "documents": options.documents,
+        "rows": [],
+    }
+    for model in options.models.split(","):
+        for shape in options.shapes.split(","):
+            row: dict[str, Any] = {"model": model, "shape": shape}
+            config = make_config(model, shape, parse_settings(options.set))
+            with jax.set_mesh(make_mesh(config.mesh)):
+                try:
+                    row |= measure(
+                        config,
+                        steps=options.steps,
+                        documents=options.documents,
+                        options=parse_settings(options.xla),
+                        profile=None if options.profile is None else options.profile / f"{model}_{shape}",
+                    )
+                except jax.errors.JaxRuntimeError as error:  # most of all, one that does not fit
+                    row["error"] = str(error).splitlines()[0][:300]
+            gc.collect()
+            report["rows"].append(row)
+            print({name: value for name, value in row.items() if name not in ("losses", "kernels")}, flush=True)
+            options.output.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
