@@ -55,10 +55,11 @@ class Embedding(nnx.Module):
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Look up input_ids [B, T]; the result is [B, T, D], NaN for ids outside the table."""
         # The table is cast after the look-up, so that the gradients of a frequent token are summed in float32.
-        table = gather_weight(self.embedding[...], "vocab", "embed")
-        sharding = out_sharding("batch", "time", "hidden") if in_mesh() else None
-        rows = table.at[input_ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
-        return rows.astype(self.dtype)
+        with jax.named_scope("embed"):
+            table = gather_weight(self.embedding[...], "vocab", "embed")
+            sharding = out_sharding("batch", "time", "hidden") if in_mesh() else None
+            rows = table.at[input_ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
+            return rows.astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -95,10 +96,16 @@ class Block(nnx.Module):
         self, x: jax.Array, state: Any, *, segment_ids: jax.Array | None, positions: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """Map x [B, T, D] to [B, T, D] and the mixer's state to the next."""
-        mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids=segment_ids, positions=positions)
-        x = x + mixed
+        with jax.named_scope("norm"):
+            normalised = self.mixer_norm(x)
+        with jax.named_scope("mixer"):
+            mixed, state = self.mixer(normalised, state, segment_ids=segment_ids, positions=positions)
+            x = x + mixed
         if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            with jax.named_scope("norm"):
+                normalised = self.mlp_norm(x)
+            with jax.named_scope("mlp"):
+                x = x + self.mlp(normalised)
         return x, state
 
     def flops_per_token(self, context_length: int) -> float:
