@@ -60,7 +60,7 @@ class DataConfig:
     """Where tokens come from and how they are cut into rows."""
 
     corpus: str = "kjv"
-    """"kjv", "stdlib", "synthetic", or "mqar"; not read when `path` is given."""
+    """"kjv", "stdlib", "site-packages", "synthetic", or "mqar"; not read when `path` is given."""
     path: str | None = None
     """A token file or folder made by `python -m gla_jax.data.prepare`; or several, or corpora: "mine:0.7,kjv:0.3"."""
     tokenizer: str = "bytes"

@@ -1,10 +1,12 @@
 """Corpora that need no download: text inside installed packages, and rows from a random process."""
 
+import contextlib
 import importlib.util
 import json
 import sys
 import sysconfig
 import tokenize
+from collections.abc import Callable
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from gla_jax.config import ConfigError
+
+_LARGEST_SOURCE = 1 << 18
 
 
 def kjv() -> list[str]:
@@ -46,8 +50,41 @@ def stdlib() -> list[str]:
     return texts
 
 
-TEXTS = {"kjv": kjv, "stdlib": stdlib}
-"""The corpora that are text, by name: functions that return documents."""
+def site_packages() -> list[list[str]]:
+    """Return the Python sources installed beside this program, a list for each package, a file a document.
+
+    Of equal files one is kept, of empty ones none, and none of more than 256 KiB, which are tables. Packages follow the
+    hash of their names, but the largest come first: what is held out at the end is then a fair sample of the others,
+    and a package is never torn apart.
+    """
+    packages: dict[str, list[Path]] = {}
+    for root in sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}):
+        for path in sorted(root.rglob("*.py")):
+            packages.setdefault(path.relative_to(root).parts[0], []).append(path)
+    texts: dict[str, list[str]] = {}
+    seen = set()
+    for name in sorted(packages):
+        for path in packages[name]:
+            raw = path.read_bytes()
+            digest = sha256(raw).digest()
+            if 0 < len(raw) <= _LARGEST_SOURCE and digest not in seen:
+                seen.add(digest)
+                with contextlib.suppress(UnicodeDecodeError):  # tests of tools that must bear it
+                    texts.setdefault(name, []).append(raw.decode())
+    if len(texts) < 2:
+        raise ConfigError("data.corpus='site-packages' found no packages with Python sources beside this one.")
+    sizes = {name: sum(map(len, files)) for name, files in texts.items()}
+    large = sum(sizes.values()) / 100
+    order = sorted(texts, key=lambda name: (sizes[name] <= large, sha256(name.encode()).digest()))
+    return [texts[name] for name in order]
+
+
+TEXTS: dict[str, Callable[[], list[list[str]]]] = {
+    "kjv": lambda: [kjv()],
+    "stdlib": lambda: [stdlib()],
+    "site-packages": site_packages,
+}
+"""The corpora that are text, by name: functions that return documents, in groups that belong together."""
 
 GENERATED = ("synthetic", "mqar")
 """Those that are no text."""

@@ -48,8 +48,8 @@ class Split:
 def split(arrays: Sequence[TokenArray], share: float, tokenizer: Tokenizer) -> Split:
     """Hold out documents at the end of a corpus until they are a share of its tokens.
 
-    The documents are whole where that holds out between half and twice the share; otherwise, as for a corpus of a
-    single document, the one that the boundary falls into is cut there.
+    Whole arrays are held out where that is between half and twice the share; else whole documents, where that is;
+    otherwise, as for a corpus of a single document, the one that the boundary falls into is cut there.
 
     Args:
         arrays: the corpus, in order; each has documents.
@@ -68,7 +68,7 @@ def split(arrays: Sequence[TokenArray], share: float, tokenizer: Tokenizer) -> S
     array, length = arrays[which], spans[which].end
     start = length - (ends[which] - (total - wanted))
     document = int(np.searchsorted(array.starts, start, side="right")) - 1
-    for first in (document, document + 1):
+    for first in (0, len(array.starts) - 1, document, document + 1):
         before = ends[which] - length + int(array.starts[first])
         if before > 0 and wanted / 2 <= total - before <= 2 * wanted:
             train_end = start = int(array.starts[first])

@@ -74,7 +74,7 @@ def _open_source(name: str, weight: float, config: DataConfig, tokenizer: Tokeni
 
 def _open_arrays(name: str, tokenizer: Tokenizer) -> list[TokenArray]:
     if name in corpora.TEXTS:
-        return [tokens_in_memory(name, corpora.TEXTS[name](), tokenizer)]
+        return [tokens_in_memory(name, texts, tokenizer) for texts in corpora.TEXTS[name]()]
     if name in corpora.GENERATED:
         raise ConfigError(f"data.path: {name} tokens are no text, so they cannot be mixed; name another corpus.")
     path = Path(name)

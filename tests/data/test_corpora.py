@@ -4,9 +4,17 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from gla_jax.config import ConfigError, DataConfig
-from gla_jax.data import corpora, open_dataset
+from gla_jax.data import corpora, load_tokenizer, open_dataset, train_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _flags_are_parsed():
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS(["command", "--corpus=kjv", "--output=bpe.json"], known_only=True)
 
 
 def test_kjv_is_the_whole_book():
@@ -50,6 +58,61 @@ def test_stdlib_without_sources(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match="comes without its sources"):
         corpora.stdlib()
+
+
+@pytest.fixture
+def packages(monkeypatch, tmp_path):
+    """120 packages of two files each and a large one, some of it double, empty, too large, or no text."""
+    random = np.random.default_rng(0)
+    for number in range(120):
+        (tmp_path / f"p{number}" / "sub").mkdir(parents=True)
+        for file in range(2):
+            (tmp_path / f"p{number}" / "sub" / f"{file}.py").write_text(f"p{number} {'x' * random.integers(80, 120)}")
+        (tmp_path / f"p{number}" / "__init__.py").write_text("")
+        (tmp_path / f"p{number}" / "licence.py").write_text("the same everywhere")
+    (tmp_path / "single.py").write_text("single " + "y" * 100)
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "a.py").write_text("large " + "z" * 3000)
+    (tmp_path / "large" / "table.py").write_text("0," * 200_000)
+    (tmp_path / "large" / "latin.py").write_bytes(b"# \xe9")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+
+
+def test_site_packages_are_sources_without_doubles(packages):
+    groups = corpora.site_packages()
+    assert len(groups) == 122 and groups == corpora.site_packages()
+    assert groups[0] == ["large " + "z" * 3000]
+    texts = [text for group in groups for text in group]
+    assert len(texts) == len(set(texts)) == 1 + 1 + 120 * 2 + 1 and "the same everywhere" in texts
+    assert {len({text.split()[0] for text in group} - {"the"}) for group in groups} == {1}
+
+
+def test_whole_packages_are_held_out(packages):
+    data = open_dataset(DataConfig(corpus="site-packages", sequence_length=64, batch_size=2, held_out=0.2), seed=0)
+    groups = corpora.site_packages()
+    sizes = np.cumsum([sum(len(text) + 1 for text in group) for group in reversed(groups)])
+    assert data.eval_tokens in sizes and 0.1 < data.eval_tokens / sizes[-1] < 0.4
+
+
+def test_site_packages_without_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(ConfigError, match="found no packages with Python sources"):
+        corpora.site_packages()
+
+
+def test_a_tokenizer_is_trained_on_a_corpus(packages, tmp_path, capsys):
+    path = tmp_path / "made" / "bpe.json"
+    with flagsaver.flagsaver(corpus="site-packages", size=300, output=str(path)):
+        train_tokenizer.main({})
+    assert "300 entries" in capsys.readouterr().out
+    assert load_tokenizer(str(path)).vocab_size == 300
+    for corpus, output, sentence in (
+        ("mqar", path, "--corpus=mqar is no text; take one of kjv"),
+        ("site_packages", path, "did you mean 'site-packages'"),
+        ("kjv", tmp_path / "bpe", "must end in .json"),
+    ):
+        with flagsaver.flagsaver(corpus=corpus, output=str(output)), pytest.raises(ConfigError, match=sentence):
+            train_tokenizer.main({})
 
 
 def test_synthetic_rows_are_functions_of_stream_and_number():

@@ -173,7 +173,7 @@ def test_a_corpus_can_be_part_of_a_mixture(noise):
 
 
 def test_the_fingerprint_is_of_all_that_decides_the_batches(config, bpe_path, tmp_path, write_tokens, monkeypatch):
-    monkeypatch.setitem(corpora.TEXTS, "kjv", lambda: ["a short text " * 100])  # takes less time to tokenise
+    monkeypatch.setitem(corpora.TEXTS, "kjv", lambda: [["a short text " * 100]])  # takes less time to tokenise
     other = write_tokens(tmp_path / "other.tokens", ["text " * 100])
     base = {"config": config, "seed": 0}
     changes = [
@@ -260,7 +260,7 @@ def test_prefetch_is_by_threads_and_stays_that_far_ahead(config, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"corpus": "kvj"}, "data.corpus='kvj' is none of kjv, stdlib, synthetic, mqar; did you mean 'kjv'?"),
+        ({"corpus": "kvj"}, "data.corpus='kvj' is none of kjv, stdlib, site-packages, synthetic, mqar; did you mean 'kjv'?"),
         ({"path": "kvj"}, "there is no file or folder kvj; .*; did you mean 'kjv'?"),
         ({"path": "gone.tokens"}, "there is no file or folder gone.tokens; make one with"),
         ({"path": "kjv:0.5,stdlib"}, "'stdlib' needs a positive number as its weight"),
