@@ -51,6 +51,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     remat: str = "none"
     """What the backward pass recomputes: "none", "full" (whole layers), or "dots" (all but matrix products)."""
+    unroll: bool | None = None
+    """Compile a training step layer by layer, and not as one loop over layers, which takes longer but spares GPUs to
+    copy all that layers keep for the backward pass; None: on GPUs."""
     mixers: MixerOptions = dataclasses.field(default_factory=dict)
     """Options of each mixer by its name, e.g. `model.mixers.gla.expand_k`; the fields are the layer's own."""
 
@@ -69,6 +72,8 @@ class DataConfig:
     """Tokens in a row, T."""
     batch_size: int = 16
     """Rows in a step, all hosts together."""
+    segments: int = 1
+    """A row goes on for so many steps, T tokens in each, with the state carried on and no gradient across."""
     pairs: int = 16
     """Keys and values to remember in a row of "mqar"."""
     held_out: float = 0.05
@@ -430,6 +435,7 @@ _LEAST = {
     "steps": 1,
     "data.sequence_length": 1,
     "data.batch_size": 1,
+    "data.segments": 1,
     "optimizer.warmup_steps": 0,
     "optimizer.final_learning_rate": 0,
     "optimizer.weight_decay": 0,
@@ -481,6 +487,11 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"optimizer.accumulation_steps={optimizer.accumulation_steps} does not divide data.batch_size="
             f"{config.data.batch_size}; try {nearest_divisors(optimizer.accumulation_steps, config.data.batch_size)}."
+        )
+    if config.data.segments > 1 and optimizer.accumulation_steps > 1:
+        raise ConfigError(
+            f"data.segments={config.data.segments} carries the state of whole batches on, which optimizer."
+            f"accumulation_steps={optimizer.accumulation_steps} cuts; set it to 1."
         )
     project = config.log.wandb_project
     if project is not None and importlib.util.find_spec("wandb") is None:

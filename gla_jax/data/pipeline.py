@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -102,10 +103,12 @@ def open_dataset(
     stack: Callable[[Sequence[np.ndarray]], Batch] = functools.partial(
         make_batch, end_of_document=tokenizer.end_of_document
     )
+    row_length = config.segments * config.sequence_length
     if config.path is None and config.corpus == "synthetic":
-        row = config.sequence_length + 1
-        train = Synthetic(tokenizer.vocab_size, row, f"{seed}/train")
-        held_out = Synthetic(tokenizer.vocab_size, row, f"{seed}/held out", _SYNTHETIC_HELD_OUT_ROWS)
+        train = Synthetic(tokenizer.vocab_size, row_length + 1, f"{seed}/train")
+        held_out = Synthetic(
+            tokenizer.vocab_size, config.sequence_length + 1, f"{seed}/held out", _SYNTHETIC_HELD_OUT_ROWS
+        )
         order = grain.MapDataset.range(len(train))
         steps_per_epoch = math.inf
         eval_tokens = eval_bytes = len(held_out) * config.sequence_length
@@ -125,12 +128,13 @@ def open_dataset(
         stack = mqar.make_recall_batch
     else:
         sources = open_sources(config, tokenizer)
-        train = Rows([span for source in sources for span in source.split.train], config.sequence_length)
+        train = Rows([span for source in sources for span in source.split.train], row_length)
         held_out = Rows([span for source in sources for span in source.split.held_out], config.sequence_length)
-        counts = [len(Rows(source.split.train, config.sequence_length)) for source in sources]
+        counts = [len(Rows(source.split.train, row_length)) for source in sources]
         weights = [source.weight for source in sources]
         order = _mixed_order(counts, weights, seed)
-        steps_per_epoch = max(count / weight for count, weight in zip(counts, weights, strict=True)) / config.batch_size
+        rows_per_epoch = max(count / weight for count, weight in zip(counts, weights, strict=True))
+        steps_per_epoch = rows_per_epoch * config.segments / config.batch_size
         eval_tokens = sum(source.split.tokens for source in sources)
         eval_bytes = sum(source.split.bytes for source in sources)
         description = [source.description for source in sources]
@@ -139,13 +143,16 @@ def open_dataset(
     here_count = config.batch_size // process_count
     here = slice(process_index * here_count, (process_index + 1) * here_count)
 
-    def train_batch(numbers: Sequence[int]) -> Batch:
-        return stack([train[number] for number in numbers])
+    def train_batch(step: int) -> Batch:
+        # Rows are numbered without end; those of all processes for one step follow each other.
+        turn, segment = divmod(step, config.segments)
+        first = (turn * process_count + process_index) * here_count
+        batch = stack([train[order[number]] for number in range(first, first + here_count)])
+        columns = slice(segment * config.sequence_length, (segment + 1) * config.sequence_length)
+        return {name: values[:, columns] for name, values in batch.items()}
 
-    # A dataset of batches of b rows has process p's share of step n at n * process_count + p. Nothing is dropped of an
-    # endless one; Grain only counts its batches in integers then, and not in floats that exceed an index.
-    batches = order.batch(here_count, drop_remainder=True, batch_fn=train_batch)[process_index::process_count]
     epoch = "without end" if math.isinf(steps_per_epoch) else f"{steps_per_epoch:,.0f} steps an epoch"
+    in_segments = f", each going on for {config.segments} steps" if config.segments > 1 else ""
     return Data(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
@@ -153,7 +160,7 @@ def open_dataset(
             [
                 *description,
                 f"tokenizer {tokenizer.name}: vocabulary {tokenizer.vocab_size:,}",
-                f"rows of {config.sequence_length:,} tokens, {config.batch_size:,} a step: {epoch}",
+                f"rows of {config.sequence_length:,} tokens{in_segments}, {config.batch_size:,} a step: {epoch}",
             ]
         ),
         fingerprint=_fingerprint(
@@ -163,11 +170,12 @@ def open_dataset(
             sequence_length=config.sequence_length,
             batch_size=config.batch_size,
             held_out=config.held_out,
+            **({"segments": config.segments} if config.segments > 1 else {}),
         ),
         steps_per_epoch=steps_per_epoch,
         eval_tokens=eval_tokens,
         eval_bytes_per_token=eval_bytes / eval_tokens if eval_tokens else 1.0,
-        _train=batches,
+        _train=grain.MapDataset.range(sys.maxsize).map(train_batch),
         _eval=_eval_batches(held_out, config, here, stack),
         _prefetch=config.prefetch,
     )
@@ -273,6 +281,8 @@ def _check(config: DataConfig, process_count: int) -> None:
         )
     if config.path is None:
         check_corpus(config.corpus)
+        if config.segments > 1 and config.corpus == "mqar":
+            raise ConfigError(f"data.segments={config.segments} must be 1 with data.corpus='mqar': rows are examples.")
 
 
 def _fingerprint(**parts: Any) -> str:

@@ -1,9 +1,9 @@
 """Checkpoints on disk, by Orbax: written in the background, complete or not there at all, readable on any mesh.
 
-A checkpoint is a folder named by its step, with the items `params`, `ema` (if the run keeps one), `optimizer` (its
-state, the step, the rng) and `data` (where the pipeline stands, and its fingerprint). Orbax writes it under another
-name and renames it at the end, so that one half written is never found. A list of file sizes goes in just before that,
-by which one that lost something later is known.
+A checkpoint is a folder named by its step, with the items `params`, `ema` and `carried` (if the run has them),
+`optimizer` (its state, the step, the rng) and `data` (where the pipeline stands, and its fingerprint). Orbax writes it
+under another name and renames it at the end, so that one half written is never found. A list of file sizes goes in just
+before that, by which one that lost something later is known.
 """
 
 import asyncio
@@ -83,8 +83,9 @@ class CheckpointWriter:
             "optimizer": ocp.args.StandardSave(_optimizer_item(state)),
             "data": ocp.args.JsonSave({"fingerprint": data_fingerprint, "next_step": step}),
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        for name in ("ema", "carried"):
+            if getattr(state, name) is not None:
+                items[name] = ocp.args.StandardSave(getattr(state, name))
         metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
@@ -142,12 +143,14 @@ def restore_state(
         "optimizer": ocp.args.StandardRestore(_optimizer_item(abstract)),
         "data": ocp.args.JsonRestore(),
     }
-    if abstract.ema is not None:
-        targets["ema"] = ocp.args.StandardRestore(abstract.ema)
+    for name in ("ema", "carried"):
+        if getattr(abstract, name) is not None:
+            targets[name] = ocp.args.StandardRestore(getattr(abstract, name))
     items = _read_newest(folder, lambda _: targets, log)
     if items is None:
         return None
-    return TrainState(params=items["params"], ema=items.get("ema"), **items["optimizer"]), items["data"]
+    state = TrainState(params=items["params"], ema=items.get("ema"), carried=items.get("carried"), **items["optimizer"])
+    return state, items["data"]
 
 
 def restore_params(folder: Path, abstract: Params, log: Callable[[str], None]) -> tuple[Params, int]:

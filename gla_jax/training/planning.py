@@ -109,7 +109,7 @@ def make_plan(
             "parameters": _bytes_per_device(state.params),
             "optimizer": _bytes_per_device((state.opt_state, state.ema)),
         }
-        arguments = sum(sizes.values()) + _bytes_per_device(batch)
+        arguments = sum(sizes.values()) + _bytes_per_device((batch, state.carried))
         refuse = functools.partial(_refuse, config, dict(mesh.shape), rows, stands_for or kind, arguments)
         try:
             compiled = lowered.compile(compiler_options=_compiler_options(kind, fast))

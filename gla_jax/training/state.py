@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from gla_jax.config import Config
-from gla_jax.models import init_params
+from gla_jax.models import LanguageModel, init_params
+from gla_jax.models.language_model import make_room
 
 Params = dict[str, Any]
 
@@ -27,6 +29,8 @@ class TrainState:
     """uint32 [2]: data of the key for randomness of the run's own; the data pipeline's comes from the seed."""
     ema: Params | None
     """Moving average of the parameters, float32; None unless `optimizer.ema_decay` is set."""
+    carried: Any = None
+    """The model's state after the last token of the newest batch; None unless `data.segments` is above 1."""
 
     @property
     def eval_params(self) -> Params:
@@ -54,6 +58,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
             opt_state=optimizer.init(in_float32),
             rng=jax.random.key_data(run_key),
             ema=in_float32 if config.optimizer.ema_decay else None,
+            carried=_init_carried(config) if config.data.segments > 1 else None,
         )
 
     return jax.jit(around, donate_argnums=0)(params)
@@ -70,6 +75,14 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, abst
     state = jax.eval_shape(lambda params: init_state(config, optimizer, params), abstract_params)
     place = lambda leaf: NamedSharding(jax.sharding.get_mesh(), jax.typeof(leaf).sharding.spec)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state)
+
+
+def _init_carried(config: Config) -> Any:
+    """Return the model's state before the first token, with room for all segments of a row."""
+    compute = jnp.dtype(config.dtype.compute)
+    model = jax.eval_shape(lambda: LanguageModel(config.model, compute_dtype=compute, rngs=nnx.Rngs(0)))
+    make_room(model, config.data.segments * config.data.sequence_length)
+    return model.init_state(config.data.batch_size)
 
 
 def to_float32(tree: Any) -> Any:

@@ -10,6 +10,8 @@ import optax
 from gla_jax.config import Config
 from gla_jax.data import mqar
 from gla_jax.models import bind
+from gla_jax.models.language_model import make_room
+from gla_jax.parallel.sharding import shard
 from gla_jax.training.loss import cross_entropy
 from gla_jax.training.optimizer import make_schedule
 from gla_jax.training.spikes import SpikeState
@@ -34,11 +36,17 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         spikes (how many up to here), if the config asks for them.
     """
     schedule = make_schedule(config.optimizer, config.steps)
+    segments = config.data.segments
 
-    def total_loss(params: Params, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def total_loss(params: Params, batch: Batch, carried: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         model = bind(graphdef, params)
-        hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-        return cross_entropy(
+        if segments > 1:
+            make_room(model, segments * config.data.sequence_length)
+            carried = _begin_anew(carried, batch["positions"])
+        hidden, carried = model.hidden_states(
+            batch["inputs"], carried, segment_ids=batch["segment_ids"], positions=batch["positions"]
+        )
+        total, sums = cross_entropy(
             hidden,
             model.head_matrix(),
             batch["targets"],
@@ -46,22 +54,23 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             z_loss=config.optimizer.z_loss,
             most_scored=mqar.most_scored(config.data),
         )
+        return total, (sums, carried if segments > 1 else None)
 
-    def total_gradient(params: Params, batch: Batch) -> tuple[Params, Metrics]:
-        gradient, sums = jax.grad(total_loss, has_aux=True)(params, batch)
-        return to_float32(gradient), sums
+    def total_gradient(params: Params, batch: Batch, carried: Any = None) -> tuple[Params, Metrics, Any]:
+        gradient, (sums, carried) = jax.grad(total_loss, has_aux=True)(params, batch, carried)
+        return to_float32(gradient), sums, carried
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Sums over tokens, divided once at the end, weigh every token alike, whichever microbatch it came in.
         if config.optimizer.accumulation_steps == 1:
-            gradient, sums = total_gradient(state.params, batch)
+            gradient, sums, carried = total_gradient(state.params, batch, state.carried)
         else:
             microbatches = split_rows(batch, config.optimizer.accumulation_steps)
             zeros = jax.tree.map(
                 jnp.zeros_like, jax.eval_shape(total_gradient, state.params, jax.tree.map(lambda x: x[0], microbatches))
             )
             add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(state.params, batch)), None)
-            (gradient, sums), _ = jax.lax.scan(add, zeros, microbatches)
+            (gradient, sums, carried), _ = jax.lax.scan(add, zeros, microbatches)
         tokens = jnp.maximum(sums["weight"], 1)
         gradient = jax.tree.map(lambda x: x / tokens, gradient)
 
@@ -77,7 +86,7 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             metrics["spikes"] = opt_state.spikes.astype(jnp.float32)
         if config.optimizer.z_loss:
             metrics["z_loss"] = sums["z_loss"] / tokens
-        return TrainState(state.step + 1, params, opt_state, state.rng, ema), metrics
+        return TrainState(state.step + 1, params, opt_state, state.rng, ema, carried), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -94,6 +103,13 @@ def make_eval_step(graphdef: Any, *, most_scored: int | None = None) -> Callable
         return sums
 
     return jax.jit(eval_step)
+
+
+def _begin_anew(carried: Any, positions: jax.Array) -> Any:
+    """Forget what came before in rows that now begin with a document: a state before the first token is all zeros."""
+    fresh = shard(positions, "batch", None)[:, 0] == 0
+    forget = lambda x: jnp.where(fresh.reshape(1, -1, *(1,) * (x.ndim - 2)), jnp.zeros_like(x), x)
+    return jax.tree.map(forget, carried)  # [layers, B, ..]
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:
