@@ -50,7 +50,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     remat: str = "none"
-    """What the backward pass recomputes: "none", "full" (whole layers), or "dots" (all but matrix products)."""
+    """What the backward pass recomputes: "none", "full" (whole layers), "dots" (all but matrix products), or "offload"
+    (whole layers, and what each starts from waits in the host's memory)."""
     unroll: bool | None = None
     """Compile a training step layer by layer, and not as one loop over layers, which takes longer but spares GPUs to
     copy all that layers keep for the backward pass; None: on GPUs."""

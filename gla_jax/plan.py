@@ -110,6 +110,7 @@ def describe(plan: "Plan") -> str:
         "memory of one device                      GiB",
         *(f"  {name:<36} {size / GIB:6.2f}" for name, size in rows.items()),
         f"  {'in all':<36} {memory['peak'] / GIB:6.2f}{limit}",
+        *([f"  {'besides, in the memory of its host':<36} {memory['host'] / GIB:6.2f}"] if memory.get("host") else []),
         "",
         "collectives of one step       times   a device sends   while it computes",
         *(

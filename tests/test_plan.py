@@ -1,5 +1,6 @@
 """The command `python -m gla_jax.plan`: its text, its JSON, its sentences; and, marked `tpu`, the real compiler."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -65,6 +66,12 @@ def test_a_plan_is_said_in_a_few_lines() -> None:
         "Pallas kernels in it: gla_forward 48 times, gla_backward 24 times.",
         "No step is faster than 0.0952 s: 3e+14 FLOPs of the model at the peak of the devices.",
     ]
+
+
+def test_what_waits_in_the_hosts_memory_is_said() -> None:
+    plan = dataclasses.replace(PLAN, memory=PLAN.memory | {"host": GIB // 4})
+    added = set(command.describe(plan).splitlines()) - set(command.describe(PLAN).splitlines())
+    assert added == {"  besides, in the memory of its host     0.25"}
 
 
 @pytest.fixture
@@ -146,6 +153,20 @@ def test_the_real_step_is_compiled_with_the_tpu_kernels(topology: str) -> None:
     memory = plan["memory"]
     assert memory["peak"] == sum(memory[name] for name in ("parameters", "optimizer", "batch", "temporary", "program"))
     assert memory["batch"] >= 0 and memory["peak"] < memory["available"]
+
+
+@pytest.mark.tpu
+def test_what_layers_start_from_is_kept_off_the_tpu() -> None:
+    pytest.importorskip("libtpu")
+    arguments = ("--topology=v5e:2x2", "--fast", "--json", "--config.data.batch_size=64", *MODEL, *ROWS)
+    plans = {}
+    for remat in ("full", "offload"):
+        child = call(*arguments, "--config.model.num_layers=8", f"--config.model.remat={remat}")
+        assert child.returncode == 0, child.stderr[-3000:]
+        plans[remat] = json.loads(child.stdout)["memory"]
+    inputs = 8 * (64 // 4) * 256 * 256 * 2  # layers, rows of a device, tokens, channels, bytes
+    assert plans["full"]["host"] == 0 and plans["offload"]["host"] >= inputs
+    assert plans["offload"]["peak"] <= plans["full"]["peak"] - 0.9 * inputs
 
 
 @pytest.mark.tpu

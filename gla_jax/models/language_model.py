@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from gla_jax.config import ConfigError, ModelConfig
@@ -19,9 +20,16 @@ from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding
 
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 """What a layer keeps for its backward pass, by `model.remat`; "none" is no checkpoint at all."""
 
@@ -204,6 +212,7 @@ class LanguageModel(nnx.Module):
 
         def run(x: jax.Array, block_and_state: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, state = block_and_state
+            x = checkpoint_name(x, _LAYER_INPUT)  # a name for `REMAT_POLICIES`; it computes nothing
             return block(x, state, segment_ids=segment_ids, positions=positions)
 
         if self.remat != "none":

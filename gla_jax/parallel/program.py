@@ -51,6 +51,8 @@ class Memory:
     code: int
     peak: int
     """What the program needs in all, arguments included."""
+    host: int
+    """What it keeps in the memory of the device's host besides."""
 
 
 def read_memory(compiled: jax.stages.Compiled) -> Memory:
@@ -60,7 +62,8 @@ def read_memory(compiled: jax.stages.Compiled) -> Memory:
         raise NotImplementedError("this backend does not say how much memory a program takes.")
     arguments, code = stats.argument_size_in_bytes, stats.generated_code_size_in_bytes
     temporary = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Memory(arguments, temporary, code, arguments + temporary + code)
+    host = stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes
+    return Memory(arguments, temporary, code, arguments + temporary + code, host)
 
 
 def read_collectives(text: str) -> list[Collective]:

@@ -53,7 +53,8 @@ class Plan:
     seconds_at_peak: float | None
     """What those take at the devices' peak; no step is faster."""
     memory: dict[str, int]
-    """parameters, optimizer, batch (and the padding of all three), temporary, program, their sum peak, available."""
+    """parameters, optimizer, batch (and the padding of all three), temporary, program, their sum peak, available; and
+    host, what waits in the host's memory for each device."""
     collectives: dict[str, dict[str, int]]
     """By kind: count, bytes_sent, bytes_sent_overlapped; see `gla_jax.parallel.program.summarize`."""
     kernels: dict[str, int]
@@ -142,6 +143,7 @@ def make_plan(
             "temporary": memory.temporary,
             "program": memory.code,
             "peak": memory.peak,
+            "host": memory.host,
         }
         | ({} if device is None else {"available": device.memory}),
         collectives=summarize(read_collectives(text)),
@@ -269,8 +271,10 @@ def _refuse(
     parts = mesh["data"] * mesh["fsdp"]
     fitting = max(1, int(rows * (available - arguments) / (needed - arguments))) if arguments < available else 0
     cures = []
-    if config.model.remat != "full":
+    if config.model.remat not in ("full", "offload"):
         cures.append("--config.model.remat=full")
+    elif config.model.remat == "full" and arguments < available:
+        cures.append("--config.model.remat=offload")
     if mesh["data"] > 1 and arguments > available / 4:
         cures.append(f"--config.mesh.data=1 --config.mesh.fsdp={parts}")
     if rows > 1 and fitting:

@@ -136,6 +136,17 @@ def test_recomputation_saves_memory_and_changes_nothing():
     assert_close(results["dots"], results["none"])
 
 
+def test_what_layers_start_from_can_wait_in_the_hosts_memory():
+    results, programs = {}, {}
+    for remat in ("full", "offload"):
+        graphdef, params = make(dataclasses.replace(CONFIG, num_layers=3, remat=remat))
+        programs[remat] = str(value_and_grad.trace(graphdef, params, tokens(length=16)).jaxpr)
+        results[remat] = value_and_grad(graphdef, params, tokens(length=16))
+    stack = f"<host>[3,{tokens().shape[0]},16,{CONFIG.hidden_size}]"
+    assert stack in programs["offload"] and "<host>" not in programs["full"]
+    jax.tree.map(np.testing.assert_array_equal, results["offload"], results["full"])
+
+
 def test_bfloat16_stays_close_to_float32():
     graphdef, params = make()
     low, low_params = make(dtype=DtypeConfig(compute="bfloat16"))

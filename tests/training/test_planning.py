@@ -111,7 +111,7 @@ def test_the_need_is_read_from_the_compilers_refusal(error: str, needed: float |
         (
             {"data.batch_size": "32", "model.remat": "full", "mesh.data": "1", "mesh.fsdp": "4"},
             10,
-            "--config.optimizer.accumulation_steps=2, or --config.data.batch_size=16.",
+            "--config.model.remat=offload, or --config.optimizer.accumulation_steps=2, or --config.data.batch_size=16.",
         ),
         # parameters and optimizer alone are too large
         (
