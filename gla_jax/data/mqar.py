@@ -81,14 +81,12 @@ def make_recall_batch(rows: Sequence[np.ndarray]) -> Batch:
     """Stack examples; only answers have weight. An example of nothing but -1 is padding.
 
     Returns:
-        As `gla_jax.data.rows.make_batch`.
+        As `gla_jax.data.rows.make_batch`, without what tells documents apart: each row is one.
     """
     inputs, targets = np.stack(rows, axis=1)
     return {
         "inputs": np.maximum(inputs, 0),
         "targets": np.maximum(targets, 0),
-        "segment_ids": np.ones_like(inputs),
-        "positions": np.tile(np.arange(inputs.shape[1], dtype=np.int32), (len(rows), 1)),
         "weights": (targets != _NOTHING).astype(np.float32),
     }
 

@@ -31,8 +31,8 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         optimizer: of `gla_jax.training.optimizer.make_optimizer`.
 
     Returns:
-        A function of the state and a batch of arrays [B, T]: inputs, targets, segment_ids, positions, weights. The
-        metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate; z_loss, and
+        A function of the state and a batch of arrays [B, T]: inputs, targets, weights, and, where rows hold more than
+        one document, segment_ids and positions. The metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate; z_loss, and
         spikes (how many up to here), if the config asks for them.
     """
     schedule = make_schedule(config.optimizer, config.steps)
@@ -44,7 +44,7 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             make_room(model, segments * config.data.sequence_length)
             carried = _begin_anew(carried, batch["positions"])
         hidden, carried = model.hidden_states(
-            batch["inputs"], carried, segment_ids=batch["segment_ids"], positions=batch["positions"]
+            batch["inputs"], carried, segment_ids=batch.get("segment_ids"), positions=batch.get("positions")
         )
         total, sums = cross_entropy(
             hidden,
@@ -96,7 +96,9 @@ def make_eval_step(graphdef: Any, *, most_scored: int | None = None) -> Callable
 
     def eval_step(params: Params, batch: Batch) -> Metrics:
         model = bind(graphdef, params)
-        hidden, _ = model.hidden_states(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+        hidden, _ = model.hidden_states(
+            batch["inputs"], segment_ids=batch.get("segment_ids"), positions=batch.get("positions")
+        )
         _, sums = cross_entropy(
             hidden, model.head_matrix(), batch["targets"], batch["weights"], most_scored=most_scored
         )

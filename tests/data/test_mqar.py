@@ -75,7 +75,7 @@ def test_batches_are_functions_of_seed_and_step(data):
     for step in (0, 7, 10**6):
         batch = data.train_batch(step)
         assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
-            **dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ((1000, 32), "int32")),
+            **dict.fromkeys(("inputs", "targets"), ((1000, 32), "int32")),
             "weights": ((1000, 32), "float32"),
         }
         assert all(np.array_equal(batch[name], again.train_batch(step)[name]) for name in batch)
