@@ -1,7 +1,8 @@
-"""Score the newest model of a run: on its held-out text, by position in long texts, or on tasks of a harness.
+"""Score the newest model of a run: on its held-out text, by position in long texts, on recall, or on a harness's tasks.
 
     python -m gla_jax.evaluate --workdir=runs/quickstart
     python -m gla_jax.evaluate --workdir=DIR --by-position --length=24576
+    python -m gla_jax.evaluate --workdir=DIR --recall=fda.jsonl,swde.jsonl,squad.jsonl
     python -m gla_jax.evaluate --workdir=DIR --harness --tasks=paper        (needs the extra `eval`)
 
 --harness is lm-evaluation-harness; a run of it that was killed goes on where it was if the same command is given again.
@@ -36,6 +37,12 @@ _STREAM = flags.DEFINE_bool(
 _DATA = flags.DEFINE_string(
     "data", None, "A token file, folder or corpus to read all of; by default what the run held out."
 )
+_RECALL = flags.DEFINE_list(
+    "recall",
+    [],
+    'Files of JSON lines with the texts "text" and "value": print how often the model, which reads the one, writes the '
+    "other next, as FDA, SWDE and SQuAD completion want it.",
+)
 _HARNESS = flags.DEFINE_bool("harness", False, "Run tasks of lm-evaluation-harness; the flags below belong to it.")
 _TASKS = flags.DEFINE_list("tasks", [], 'Names of tasks, with commas between them; "paper" are those of the GLA paper.')
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "A folder with tasks of your own, YAML files.")
@@ -44,12 +51,14 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Requests or texts at a time, on all devices together.", lower_bound=1
 )
 _FEW_SHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in a context; by default what the task says.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Run so many documents of each task only.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Run so many documents of each task, or questions of each file of --recall, only.", lower_bound=1
+)
 _BEGIN = flags.DEFINE_bool(
     "begin_documents",
     None,
     "Put the token that begins documents before every context. By default for runs trained here, which never saw a "
-    "text without; not for imported models, as the harness does not do it for those of Hugging Face.",
+    "text without; not for imported models, as the harness does not do it for those of Hugging Face. For --recall too.",
 )
 
 
@@ -57,16 +66,22 @@ def main(_: dict[str, str]) -> None:
     """Print the figures."""
     from gla_jax.config import ConfigError
 
-    for flag in (_TASKS, _INCLUDE_PATH, _OUTPUT, _FEW_SHOT, _LIMIT, _BEGIN):
+    for flag in (_TASKS, _INCLUDE_PATH, _OUTPUT, _FEW_SHOT):
         if not _HARNESS.value and flag.present:
             raise ConfigError(f"--{flag.name} needs --harness.")
+    for flag in (_LIMIT, _BEGIN):
+        if not (_HARNESS.value or _RECALL.value) and flag.present:
+            raise ConfigError(f"--{flag.name} needs --harness or --recall.")
     for flag in (_LENGTH, _BUCKET, _STREAM, _DATA):
         if not _BY_POSITION.value and flag.present:
             raise ConfigError(f"--{flag.name} needs --by-position.")
-    if _HARNESS.value and _BY_POSITION.value:
-        raise ConfigError("--by-position and --harness are two commands; give one of them.")
+    given = [flag.name for flag in (_BY_POSITION, _RECALL, _HARNESS) if flag.value]
+    if len(given) > 1:
+        raise ConfigError(f"--{given[0]} and --{given[1]} are two commands; give one of them.")
     if _HARNESS.value:
         _run_harness()
+    elif _RECALL.value:
+        _ask()
     elif _BY_POSITION.value:
         _score_by_position()
     else:
@@ -137,6 +152,36 @@ def _score_by_position() -> None:
     for bucket in buckets:
         print(json.dumps(bucket))
     print(position_table(buckets), file=sys.stderr)
+
+
+def _ask() -> None:
+    """Print a line of JSON for each file of questions."""
+    import jax
+    from tqdm import tqdm
+
+    from gla_jax.config import MeshConfig
+    from gla_jax.data import load_tokenizer
+    from gla_jax.evaluation.recall import evaluate_recall, read_questions
+    from gla_jax.loading import load_config, load_model
+    from gla_jax.parallel.mesh import make_mesh
+
+    workdir = Path(_WORKDIR.value)
+    files = [(name, read_questions(Path(name), _LIMIT.value)) for name in _RECALL.value]
+    tokenizer = load_tokenizer(load_config(workdir).data.tokenizer)
+    begin = (workdir / "metrics.jsonl").is_file() if _BEGIN.value is None else _BEGIN.value
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = load_model(workdir)
+        for name, questions in files:
+            with tqdm(total=len(questions), desc=name, unit="questions") as bar:
+                figures, _ = evaluate_recall(
+                    model,
+                    tokenizer,
+                    questions,
+                    batch_size=_BATCH_SIZE.value,
+                    begin_documents=begin,
+                    advance=bar.update,
+                )
+            print(json.dumps({"file": name, **figures}))
 
 
 def _run_harness() -> None:

@@ -32,8 +32,8 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
 
     Returns:
         A function of the state and a batch of arrays [B, T]: inputs, targets, weights, and, where rows hold more than
-        one document, segment_ids and positions. The metrics are float32 scalars: loss (nats per token), grad_norm (before clipping), learning_rate; z_loss, and
-        spikes (how many up to here), if the config asks for them.
+        one document, segment_ids and positions. The metrics are float32 scalars: loss (nats per token), grad_norm
+        (before clipping), learning_rate; z_loss, and spikes (how many up to here), if the config asks for them.
     """
     schedule = make_schedule(config.optimizer, config.steps)
     segments = config.data.segments
