@@ -207,8 +207,12 @@ class LanguageModel(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        unroll: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as in a call."""
+        """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as in a call.
+
+        With `unroll`, every layer is compiled by itself instead of one loop over all; see `model.unroll`.
+        """
 
         def run(x: jax.Array, block_and_state: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, state = block_and_state
@@ -216,12 +220,15 @@ class LanguageModel(nnx.Module):
             return block(x, state, segment_ids=segment_ids, positions=positions)
 
         if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+            # Without a loop around it, the compiler would notice that the layer has run before, and keep its results.
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=unroll)
         x = self.embed(input_ids)
         next_state = {}
         for name, _, count in self.groups:
             blocks = getattr(self, name)
-            if state is None or input_ids.shape[1] > 1:
+            if unroll:
+                x, next_state[name] = _unroll(run, x, blocks, None if state is None else state[name], count)
+            elif state is None or input_ids.shape[1] > 1:
                 x, next_state[name] = jax.lax.scan(run, x, (blocks, None if state is None else state[name]))
             else:
                 x, next_state[name] = _scan_in_place(run, x, blocks, state[name], count)
@@ -261,6 +268,20 @@ class LanguageModel(nnx.Module):
     def parameter_count(self) -> int:
         """The number of parameters; a tied head is counted once."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def _unroll(run: Callable[..., Any], x: jax.Array, blocks: Block, states: Any, count: int) -> tuple[jax.Array, Any]:
+    """Do as `lax.scan(run, x, (blocks, states))`, without a loop."""
+    leaves, tree = jax.tree.flatten((blocks, states))
+    # Split and not indexed: the gradient is one concatenation then, and no sum of stacks that are 0 but for a layer.
+    parts = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    run_layer = jax.jit(run)  # which is traced once
+    new_states = []
+    for layer in range(count):
+        own = [jax.lax.squeeze(part[layer], [0]) for part in parts]
+        x, new_state = run_layer(x, jax.tree.unflatten(tree, own))
+        new_states.append(new_state)
+    return x, jax.tree.map(lambda *layers: jnp.stack(layers), *new_states)
 
 
 def _scan_in_place(

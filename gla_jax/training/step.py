@@ -16,6 +16,7 @@ from gla_jax.training.loss import cross_entropy
 from gla_jax.training.optimizer import make_schedule
 from gla_jax.training.spikes import SpikeState
 from gla_jax.training.state import Params, TrainState, to_float32
+from pallas_kernels.target import target
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -36,6 +37,7 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         (before clipping), learning_rate; z_loss, and spikes (how many up to here), if the config asks for them.
     """
     schedule = make_schedule(config.optimizer, config.steps)
+    unroll = target().platform == "gpu" if config.model.unroll is None else config.model.unroll
     segments = config.data.segments
 
     def total_loss(params: Params, batch: Batch, carried: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
@@ -44,16 +46,21 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             make_room(model, segments * config.data.sequence_length)
             carried = _begin_anew(carried, batch["positions"])
         hidden, carried = model.hidden_states(
-            batch["inputs"], carried, segment_ids=batch.get("segment_ids"), positions=batch.get("positions")
+            batch["inputs"],
+            carried,
+            segment_ids=batch.get("segment_ids"),
+            positions=batch.get("positions"),
+            unroll=unroll,
         )
-        total, sums = cross_entropy(
-            hidden,
-            model.head_matrix(),
-            batch["targets"],
-            batch["weights"],
-            z_loss=config.optimizer.z_loss,
-            most_scored=mqar.most_scored(config.data),
-        )
+        with jax.named_scope("loss"):
+            total, sums = cross_entropy(
+                hidden,
+                model.head_matrix(),
+                batch["targets"],
+                batch["weights"],
+                z_loss=config.optimizer.z_loss,
+                most_scored=mqar.most_scored(config.data),
+            )
         return total, (sums, carried if segments > 1 else None)
 
     def total_gradient(params: Params, batch: Batch, carried: Any = None) -> tuple[Params, Metrics, Any]:
@@ -72,15 +79,16 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(state.params, batch)), None)
             (gradient, sums, carried), _ = jax.lax.scan(add, zeros, microbatches)
         tokens = jnp.maximum(sums["weight"], 1)
-        gradient = jax.tree.map(lambda x: x / tokens, gradient)
-
-        loss, grad_norm = sums["nll"] / tokens, optax.tree.norm(gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, loss=loss, grad_norm=grad_norm)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            decay = config.optimizer.ema_decay
-            ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
+        with jax.named_scope("optimizer"):
+            gradient = jax.tree.map(lambda x: x / tokens, gradient)
+            loss, grad_norm = sums["nll"] / tokens, optax.tree.norm(gradient)
+            told = {"loss": loss, "grad_norm": grad_norm}
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **told)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                decay = config.optimizer.ema_decay
+                ema = jax.tree.map(lambda average, x: decay * average + (1 - decay) * x, ema, params)
         metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": schedule(state.step)}
         if isinstance(opt_state, SpikeState):
             metrics["spikes"] = opt_state.spikes.astype(jnp.float32)

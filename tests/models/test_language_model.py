@@ -87,6 +87,24 @@ def test_scanned_layers_equal_layers_one_by_one(mixer):
     assert shapes(model.init_state(4)) == shapes(state)
 
 
+def test_layers_without_a_loop_equal_the_loop():
+    memory, results = {}, {}
+    for remat, unroll in (("none", False), ("none", True), ("full", True)):
+        graphdef, params = make(dataclasses.replace(CONFIG, mixer=("gla", "gla", "ungated"), remat=remat))
+        state = jax.tree.map(lambda leaf: leaf + 0.5, bind(graphdef, params).init_state(2))
+
+        def total(params, state, graphdef=graphdef, unroll=unroll):
+            hidden, state = bind(graphdef, params).hidden_states(tokens(2, 64), state, unroll=unroll)
+            return jnp.sum(hidden**3), state
+
+        compiled = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True)).lower(params, state).compile()
+        memory[remat, unroll] = compiled.memory_analysis().temp_size_in_bytes
+        results[remat, unroll] = compiled(params, state)
+    assert_close(results["none", True], results["none", False])
+    assert_close(results["full", True], results["none", False])
+    assert memory["full", True] < 0.8 * memory["none", True]
+
+
 def test_prefill_and_steps_equal_the_whole():
     graphdef, params = make(dataclasses.replace(CONFIG, mixers=WITH_CONVOLUTION))
     input_ids = tokens()
