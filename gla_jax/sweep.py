@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 _CONFIG = flags.DEFINE_string("config", None, "Python file whose get_config() returns the config.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "File that gets a line of JSON for every point.", required=True)
 _OVER = flags.DEFINE_multi_string(
-    "over", [], "FIELD=VALUE,VALUE,.. or FIELD,FIELD=VALUE:VALUE,VALUE:VALUE,..; may be given more than once."
+    "over",
+    [],
+    "FIELD=VALUE,VALUE,.. or FIELD,FIELD=VALUE:VALUE,VALUE:VALUE,..; may be given more than once, with spaces in it.",
 )
 _LEARNING_RATES = flags.DEFINE_list(
     "learning_rates", [], "Trained at once at every point; by default the config's optimizer.learning_rate."
@@ -76,7 +78,7 @@ def make_points(axes: Sequence[str]) -> list[Point]:
     """
     parsed: list[list[Point]] = []
     for axis in axes:
-        names, equals, values = axis.partition("=")
+        names, equals, values = "".join(axis.split()).partition("=")
         fields = names.removeprefix("config.").split(",")
         rows = [value.split(":") if len(fields) > 1 else [value] for value in values.split(",")]
         if not equals or not all(len(row) == len(fields) and all(row) for row in rows):

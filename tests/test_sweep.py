@@ -18,7 +18,7 @@ TINY = {
 
 
 def test_points_are_all_combinations():
-    points = make_points(["model.mixer=gla,mamba", "model.hidden_size,model.num_heads=64:1,128:2"])
+    points = make_points(["model.mixer=gla,mamba", "model.hidden_size, model.num_heads =\n 64:1, 128:2"])
     assert points == [
         {"model.mixer": mixer, "model.hidden_size": size, "model.num_heads": heads}
         for mixer in ("gla", "mamba")

@@ -1,0 +1,79 @@
+"""Draw the plots of docs/results.md from what benchmarks and sweeps wrote: a function each.
+
+    python benchmarks/plot.py --figure=mqar --output=docs/mqar.png benchmarks/mqar_h100.jsonl
+
+Needs the extra `plot`.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from absl import app, flags
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {
+    "gla": "GLA",
+    "attention": "attention",
+    "retention": "RetNet",
+    "mamba": "Mamba",
+    "linear_attention": "linear attention",
+}
+_PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 point; the text says attention has 100
+    (256, "gla"): {64: 99, 128: 99, 256: 99, 512: 99},
+    (256, "retention"): {64: 97, 128: 100, 256: 100, 512: 100},
+    (256, "mamba"): {64: 100, 128: 100, 256: 100, 512: 100},
+    (512, "gla"): {64: 22, 128: 95, 256: 100, 512: 100},
+    (512, "retention"): {64: 5, 128: 87, 256: 96, 512: 97},
+    (512, "mamba"): {64: 81, 128: 100, 256: 100, 512: 100},
+}
+
+
+def draw_mqar(lines: list[dict[str, Any]], figure: Any) -> None:
+    """Accuracy over width, a panel for each length: the best learning rate of each point, and the paper's figure."""
+    lengths = sorted({line["settings"]["data.sequence_length"] for line in lines})
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        here = [line for line in lines if line["settings"]["data.sequence_length"] == length]
+        for index, (mixer, name) in enumerate(NAMES.items()):
+            best = {line["point"]["model.hidden_size"]: 100 * best_accuracy(line) for line in here
+                    if line["point"]["model.mixer"] == mixer}  # fmt: skip
+            if best:
+                axes.plot(sorted(best), [best[size] for size in sorted(best)], "o-", color=f"C{index}", label=name)
+                paper = _PAPER_MQAR.get((length, mixer), {})
+                axes.plot(list(paper), list(paper.values()), ":", color=f"C{index}", linewidth=1)
+        pairs = here[0]["settings"]["data.pairs"]
+        axes.set(title=f"{length} tokens, {pairs} pairs", xlabel="width", xscale="log", ylim=(-3, 103))
+        axes.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+
+
+def best_accuracy(line: dict[str, Any]) -> float:
+    """Return the highest accuracy that a point of a sweep came to."""
+    return max(x for one in line["evaluations"] for x in one["eval/accuracy"] if x is not None)
+
+
+FIGURES: dict[str, Callable[[list[dict[str, Any]], Any], None]] = {"mqar": draw_mqar}
+
+_FIGURE = flags.DEFINE_enum("figure", None, sorted(FIGURES), "What to draw.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The picture to write; its ending chooses the format.", required=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Read lines of JSON, draw, save."""
+    lines = [json.loads(line) for path in arguments[1:] for line in pathlib.Path(path).read_text().splitlines()]
+    figure = plt.figure(figsize=(7, 3.2), layout="constrained")
+    FIGURES[_FIGURE.value](lines, figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(_OUTPUT.value, dpi=160)
+
+
+if __name__ == "__main__":
+    app.run(main)
