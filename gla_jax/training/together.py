@@ -5,6 +5,7 @@ program, `jax.vmap` over parameters and optimiser states, which makes many steps
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ AVERAGED_STEPS = 200
 _MOST_STEPS_AT_ONCE = 64
 _MOST_BYTES_AT_ONCE = 2**27
 """Of batches, moved to the device for one call."""
+
+_open_dataset = functools.lru_cache(maxsize=1)(open_dataset)  # the next point most likely reads the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
         ConfigError: the data cannot be served, or hold nothing out.
     """
     start = time.monotonic()
-    data = open_dataset(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
+    data = _open_dataset(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
     if not data.eval_tokens:
         raise ConfigError(f"data.held_out={config.data.held_out} leaves nothing to evaluate; try 0.05.")
     vocab_size = config.model.vocab_size or data.vocab_size
