@@ -3,7 +3,7 @@
 The generator and its settings are those of Zoology (arXiv 2312.04927), which the paper takes them from.
 """
 
-from collections.abc import Sequence
+import functools
 from hashlib import sha256
 
 import numpy as np
@@ -51,7 +51,7 @@ class AssociativeRecall:
             )
         self._length = length
         gap_weights = np.arange(1, length // 2 - pairs + 1) ** (_POWER - 1)
-        random = np.random.Generator(np.random.Philox(key=int.from_bytes(sha256(stream.encode()).digest()[:16])))
+        random = _open_stream(stream)
         self._keys, self._values, self._gaps = (np.empty((examples, pairs), np.int32) for _ in range(3))
         for first in range(0, examples, _DRAWN_AT_A_TIME):
             rows = slice(first, min(first + _DRAWN_AT_A_TIME, examples))
@@ -67,23 +67,50 @@ class AssociativeRecall:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return example `index`, [2, T] int32: inputs, and targets with -1 where there is nothing to predict."""
-        keys, values = self._keys[index], self._values[index]
-        queries = 2 * (len(keys) + self._gaps[index])
-        example = np.zeros((2, self._length), np.int32)
-        example[0, 0 : 2 * len(keys) : 2], example[0, 1 : 2 * len(keys) : 2] = keys, values
-        example[0, queries] = keys
-        example[1] = _NOTHING
-        example[1, queries] = values
-        return example
+        return self.take(np.array([index]))[:, 0]
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Return many examples at once, [2, examples, T]; see `__getitem__`."""
+        keys, values = self._keys[indices], self._values[indices]
+        queries = 2 * (keys.shape[1] + self._gaps[indices])
+        rows = np.arange(len(indices))[:, None]
+        examples = np.zeros((2, len(indices), self._length), np.int32)
+        inputs, targets = examples
+        inputs[:, 0 : 2 * keys.shape[1] : 2], inputs[:, 1 : 2 * keys.shape[1] : 2] = keys, values
+        inputs[rows, queries] = keys
+        targets[:] = _NOTHING
+        targets[rows, queries] = values
+        return examples
 
 
-def make_recall_batch(rows: Sequence[np.ndarray]) -> Batch:
-    """Stack examples; only answers have weight. An example of nothing but -1 is padding.
+class EpochOrder:
+    """An order without end in which every example comes once an epoch, another in each.
+
+    Args:
+        examples: how many there are.
+        stream: the name of what decides the order.
+    """
+
+    def __init__(self, examples: int, stream: str):
+        self._examples, self._stream = examples, stream
+        self._epoch = functools.lru_cache(maxsize=4)(self._shuffle)
+
+    def take(self, first: int, count: int) -> np.ndarray:
+        """Return `count` numbers of examples, from place `first` of the order on."""
+        epochs, places = np.divmod(np.arange(first, first + count), self._examples)
+        return np.concatenate([self._epoch(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return _open_stream(f"{self._stream}/{epoch}").permutation(self._examples)
+
+
+def make_recall_batch(examples: np.ndarray) -> Batch:
+    """Say what each token of examples, [2, b, T], is; only answers have weight. One of nothing but -1 is padding.
 
     Returns:
         As `gla_jax.data.rows.make_batch`, without what tells documents apart: each row is one.
     """
-    inputs, targets = np.stack(rows, axis=1)
+    inputs, targets = examples
     return {
         "inputs": np.maximum(inputs, 0),
         "targets": np.maximum(targets, 0),
@@ -94,6 +121,10 @@ def make_recall_batch(rows: Sequence[np.ndarray]) -> Batch:
 def most_scored(config: DataConfig) -> int | None:
     """Return how many tokens of a row have weight at most, where that is known beforehand; None: any number may."""
     return config.pairs if config.path is None and config.corpus == "mqar" else None
+
+
+def _open_stream(name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(sha256(name.encode()).digest()[:16])))
 
 
 def _draw_distinct(random: np.random.Generator, rows: int, count: int, below: int) -> np.ndarray:

@@ -97,11 +97,17 @@ def open_dataset(
         ConfigError: one sentence, for whatever in `config` cannot be served.
     """
     _check(config, process_count)
+    here_count = config.batch_size // process_count
+    here = slice(process_index * here_count, (process_index + 1) * here_count)
     train: _RowSource
     held_out: _RowSource
     tokenizer = open_tokenizer(config, vocab_size)
     stack: Callable[[Sequence[np.ndarray]], Batch] = functools.partial(
         make_batch, end_of_document=tokenizer.end_of_document
+    )
+    # Rows are numbered without end, in the order in which they are trained on; a batch has those from `first` on.
+    make_rows: Callable[[int], Batch] = lambda first: stack(
+        [train[order[number]] for number in range(first, first + here_count)]
     )
     row_length = config.segments * config.sequence_length
     if config.path is None and config.corpus == "synthetic":
@@ -120,12 +126,13 @@ def open_dataset(
         )
         train = make_examples(f"{seed}/train", mqar.TRAIN_EXAMPLES)
         held_out = make_examples(f"{seed}/held out", mqar.HELD_OUT_EXAMPLES)
-        order = _mixed_order([len(train)], [1.0], seed)
         steps_per_epoch = len(train) / config.batch_size
         eval_tokens = eval_bytes = len(held_out) * config.pairs
         description = [f"mqar: {len(train):,} examples of {config.pairs} pairs; held out: {len(held_out):,}"]
-        content = ["mqar", config.pairs, tokenizer.vocab_size]
-        stack = mqar.make_recall_batch
+        content = ["mqar", "shuffled by epoch", config.pairs, tokenizer.vocab_size]
+        stack = lambda rows: mqar.make_recall_batch(np.stack(rows, axis=1))
+        examples, places = train, mqar.EpochOrder(len(train), f"{seed}/order")
+        make_rows = lambda first: mqar.make_recall_batch(examples.take(places.take(first, here_count)))
     else:
         sources = open_sources(config, tokenizer)
         train = Rows([span for source in sources for span in source.split.train], row_length)
@@ -140,14 +147,11 @@ def open_dataset(
         description = [source.description for source in sources]
         content = [[source.weight, source.content] for source in sources]
 
-    here_count = config.batch_size // process_count
-    here = slice(process_index * here_count, (process_index + 1) * here_count)
-
     def train_batch(step: int) -> Batch:
-        # Rows are numbered without end; those of all processes for one step follow each other.
+        # The rows of all processes for one step follow each other.
         turn, segment = divmod(step, config.segments)
         first = (turn * process_count + process_index) * here_count
-        batch = stack([train[order[number]] for number in range(first, first + here_count)])
+        batch = make_rows(first)
         columns = slice(segment * config.sequence_length, (segment + 1) * config.sequence_length)
         return {name: values[:, columns] for name, values in batch.items()}
 

@@ -70,13 +70,14 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
     run_steps, evaluate = make_steps(config)
     rates = jnp.asarray(learning_rates, jnp.float32)
     states, batches = stack_states(config, len(rates)), data.train_batches()
+    held_out = jax.device_put(list(data.eval_batches(config.eval.batches)))  # made once, for they cost as a step does
     losses: list[Any] = []
     for step, count in _calls(config, data):
         chunk = [next(batches) for _ in range(count)]
         states, measured = run_steps(states, rates, jax.tree.map(lambda *rows: np.stack(rows), *chunk))
         losses.append(measured["loss"])  # [steps, learning rates], left on the device until it is asked for
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
-            sums = [evaluate(states, batch) for batch in data.eval_batches(config.eval.batches)]
+            sums = [evaluate(states, batch) for batch in held_out]
             nll, weight, correct = (
                 np.sum([np.asarray(each[name], np.float64) for each in sums], axis=0)
                 for name in ("nll", "weight", "correct")
