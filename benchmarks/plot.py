@@ -1,79 +1,69 @@
-"""Draw the plots of docs/results.md from what benchmarks and sweeps wrote: a function each.
+"""Draw what `training.py`, `layers.py` or `decode.py` measured.
 
-    python benchmarks/plot.py --figure=mqar --output=docs/mqar.png benchmarks/mqar_h100.jsonl
+    python benchmarks/plot.py layers.json layers.png
 
-Needs the extra `plot`.
+Needs matplotlib (extra `plot`).
 """
 
+import argparse
+import collections
 import json
-import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
-from absl import app, flags
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+matplotlib.use("agg")
+from matplotlib import pyplot
 
-NAMES = {
-    "gla": "GLA",
-    "attention": "attention",
-    "retention": "RetNet",
-    "mamba": "Mamba",
-    "linear_attention": "linear attention",
-}
-_PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 point; the text says attention has 100
-    (256, "gla"): {64: 99, 128: 99, 256: 99, 512: 99},
-    (256, "retention"): {64: 97, 128: 100, 256: 100, 512: 100},
-    (256, "mamba"): {64: 100, 128: 100, 256: 100, 512: 100},
-    (512, "gla"): {64: 22, 128: 95, 256: 100, 512: 100},
-    (512, "retention"): {64: 5, 128: 87, 256: 96, 512: 97},
-    (512, "mamba"): {64: 81, 128: 100, 256: 100, 512: 100},
-}
+Lines = dict[str, list[tuple[str, float]]]
 
 
-def draw_mqar(lines: list[dict[str, Any]], figure: Any) -> None:
-    """Accuracy over width, a panel for each length: the best learning rate of each point, and the paper's figure."""
-    lengths = sorted({line["settings"]["data.sequence_length"] for line in lines})
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-    for axes, length in zip(panels, lengths, strict=True):
-        here = [line for line in lines if line["settings"]["data.sequence_length"] == length]
-        for index, (mixer, name) in enumerate(NAMES.items()):
-            best = {line["point"]["model.hidden_size"]: 100 * best_accuracy(line) for line in here
-                    if line["point"]["model.mixer"] == mixer}  # fmt: skip
-            if best:
-                axes.plot(sorted(best), [best[size] for size in sorted(best)], "o-", color=f"C{index}", label=name)
-                paper = _PAPER_MQAR.get((length, mixer), {})
-                axes.plot(list(paper), list(paper.values()), ":", color=f"C{index}", linewidth=1)
-        pairs = here[0]["settings"]["data.pairs"]
-        axes.set(title=f"{length} tokens, {pairs} pairs", xlabel="width", xscale="log", ylim=(-3, 103))
-        axes.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
-        axes.minorticks_off()
-    panels[0].set_ylabel("accuracy, %")
-    panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+def lines_of(rows: Sequence[dict[str, Any]]) -> dict[str, Lines]:
+    """Return what to draw: for each panel, by its title, the points of each line."""
+    panels: dict[str, Lines] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in (row for row in rows if "error" not in row):
+        if "shape" in row:
+            rate, memory = row["tokens_per_second"]["median"], row["memory_GiB"]["program"]
+            panels["training, thousand tokens per second"][row["model"]].append((row["shape"], rate / 1e3))
+            panels["memory, GiB"][row["model"]].append((row["shape"], memory))
+        elif "mixer" in row:
+            for name in ("forward", "forward_backward"):
+                if "ms" in row[name]:
+                    title = f"{name.replace('_', ' and ')} of a layer, ms"
+                    panels[title][row["mixer"]].append((str(row["length"]), row[name]["ms"]))
+        else:
+            line = f"{row['model']}, batch {row['batch_size']}"
+            panels["decoding, tokens per second"][line].append(
+                (str(row["context"]), row["tokens_per_second"]["median"])
+            )
+            panels["memory, GiB"][line].append((str(row["context"]), row["memory_GiB"]))
+    return panels
 
 
-def best_accuracy(line: dict[str, Any]) -> float:
-    """Return the highest accuracy that a point of a sweep came to."""
-    return max(x for one in line["evaluations"] for x in one["eval/accuracy"] if x is not None)
-
-
-FIGURES: dict[str, Callable[[list[dict[str, Any]], Any], None]] = {"mqar": draw_mqar}
-
-_FIGURE = flags.DEFINE_enum("figure", None, sorted(FIGURES), "What to draw.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The picture to write; its ending chooses the format.", required=True)
-
-
-def main(arguments: list[str]) -> None:
-    """Read lines of JSON, draw, save."""
-    lines = [json.loads(line) for path in arguments[1:] for line in pathlib.Path(path).read_text().splitlines()]
-    figure = plt.figure(figsize=(7, 3.2), layout="constrained")
-    FIGURES[_FIGURE.value](lines, figure)
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(_OUTPUT.value, dpi=160)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the JSON and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path)
+    parser.add_argument("output", type=Path)
+    options = parser.parse_args(arguments)
+    report = json.loads(options.input.read_text())
+    panels = lines_of(report["rows"])
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        ticks = list(dict.fromkeys(x for points in lines.values() for x, _ in points))
+        for name, points in lines.items():
+            axis.plot([ticks.index(x) for x, _ in points], [y for _, y in points], marker="o", label=name)
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_yscale("log" if title.startswith(("decoding", "forward")) else "linear")
+        axis.set_title(f"{title} ({report['device']})", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(options.output, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -3,11 +3,12 @@
     python benchmarks/training.py --models=gla_1p3b,transformer_1p3b --shapes=8x2048,1x16384 --output=training.json
     python benchmarks/plot.py training.json training.png
 
-A model is a file in `configs/`, as it is but for the rows of a step, no recomputation of layers (`--set=model.remat=full`
-brings it back) and one device if there is one. The step is the trainer's own: compiled, donated, AdamW, float32
-parameters, bfloat16 compute. Tokens are random, each row one document, or `--documents` of equal length. As in the
-trainer, a step is dispatched before the metrics of the one before it are fetched; a step's time is that between two
-fetches. FLOPs are the model's: matrix products and the mixers' own, nothing for recomputation.
+A model is a file in `configs/`, as it is but for the rows of a step and without recomputation of layers, which
+`--set=model.remat=full` brings back. The step is the trainer's own: compiled, donated, AdamW, float32 parameters,
+bfloat16 compute. Tokens are random, each row one document, or `--documents` of equal length. As in the trainer, a step
+is dispatched before the metrics of the one before it are fetched; a step's time is that between two fetches. FLOPs are
+the model's: matrix products and the mixers' own, nothing for recomputation. On GPUs, kernels are launched one by one
+and not as CUDA graphs, whose kernels a trace cannot attribute; the time of a step is the same.
 `--profile=FOLDER` keeps the trace, which xprof and Perfetto open.
 """
 
@@ -50,20 +51,15 @@ def make_config(model: str, shape: str, settings: Mapping[str, str]) -> Config:
 
 
 def random_batch(config: Config, documents: int) -> dict[str, Any]:
-    """Return a batch of random tokens on the devices; with one document a row, nothing says where documents begin."""
+    """Return a batch of random tokens on the devices; with one document a row it says nothing of documents."""
     rows, length = config.data.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(rows, length + 1), dtype=np.int32)
-    positions = np.arange(length, dtype=np.int32) % -(-length // documents)
-    batch = {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(positions, (rows, length)),
-        "weights": np.ones((rows, length), np.float32),
-    }
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((rows, length), np.float32)}
     if documents > 1:
-        batch["segment_ids"] = np.broadcast_to(np.cumsum(positions == 0, dtype=np.int32), (rows, length))
-    placed: dict[str, Any] = {name: np.ascontiguousarray(array) for name, array in batch.items()}
-    return {"segment_ids": None} | place_batch(placed, rows)
+        positions = np.arange(length, dtype=np.int32) % -(-length // documents)
+        document = np.cumsum(positions == 0, dtype=np.int32)
+        batch |= {"positions": np.tile(positions, (rows, 1)), "segment_ids": np.tile(document, (rows, 1))}
+    return place_batch(batch, rows)
 
 
 def lower_step(config: Config, documents: int) -> Any:
@@ -72,7 +68,7 @@ def lower_step(config: Config, documents: int) -> Any:
     optimizer = make_optimizer(config.optimizer, config.steps)
     batch = abstract_batch(config)
     if documents == 1:
-        batch["segment_ids"] = None
+        del batch["segment_ids"], batch["positions"]
     step: Any = make_train_step(config, graphdef, optimizer)
     return step.lower(abstract_state(config, optimizer, params), batch)
 
@@ -82,7 +78,8 @@ def compile_step(config: Config, documents: int, options: Mapping[str, Any]) -> 
     start = time.perf_counter()
     lowered = lower_step(config, documents)
     traced = time.perf_counter()
-    compiled = lowered.compile(compiler_options=dict(options) or None)
+    graphs = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+    compiled = lowered.compile(compiler_options=graphs | dict(options))
     return compiled, {"trace": round(traced - start, 2), "compile": round(time.perf_counter() - traced, 2)}
 
 
