@@ -100,6 +100,15 @@ def result(shape, dtype, like):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
+PRODUCER, CONSUMER = 24, 240  # registers a thread in the backward kernels, 3 x 168 in all
+
+
+def set_registers(count, interpret):
+    """Give the warpgroup its registers: more than it was started with, or for the one that only copies less."""
+    if not interpret:
+        plgpu.set_max_registers(count, action="decrease" if count == PRODUCER else "increase")
+
+
 def load(ref):
     """Read a tile into registers as float32."""
     return plgpu.load(ref, layout=WGMMA, optimized=False).astype(F32)
@@ -124,6 +133,30 @@ def add_matmul(x, a, b, *, interpret):
     if interpret:  # which has no accumulators that start from a value
         return x + matmul((a, b), shape=x.shape)
     return lax.optimization_barrier(pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(x)))
+
+
+def halves(g, select):
+    """Return the sums of g, terms in tiles, up to the middle row and after it, a value a key channel."""
+    sums = matmul(*((term.T, select.T) for term in g), shape=(SLAB, 8))
+    column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
+    return tuple(jnp.sum(jnp.where(column == c, sums, 0.0), axis=1) for c in range(2))
+
+
+def put_split(x, high, low):
+    """Write float32 registers as the sum of two bfloat16 tiles."""
+    rounded = x.astype(BF16)
+    high[...] = rounded
+    low[...] = (x - rounded.astype(F32)).astype(BF16)
+
+
+def put_table(buffer, tables, index):
+    """Write one of the tables in global memory to a tile."""
+    buffer[...] = plgpu.load(tables.at[index], layout=WGMMA, optimized=False)
+
+
+def zero_row():
+    """Return a float32 zero a key channel, in registers."""
+    return plgpu.layout_cast(jnp.zeros((SLAB,), F32), ROW)
 
 
 def along_rows(x, shape):
@@ -227,7 +260,8 @@ def exact_scores(tables, first, tiles, slabs, scale, buffers):
 def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, product=None):
     """Return one side of the gradient of the scores by levels, d q or d k, and its product with q_l or k_l.
 
-    The products of the two sides cancel in the gradient of g but for rounding: both multiply the rounded operands.
+    The products of the two sides cancel in the gradient of g but for rounding: both multiply the rounded operands. Those
+    of the diagonal cancel whole, and are left out: where gates are strong, what is left of the others is far smaller.
 
     Args:
         tables: LEVEL_TABLES in global memory.
@@ -254,7 +288,7 @@ def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, 
         plgpu.commit_smem()
         x = matmul((left if of_query else left.T, other))
         rounded = (load(mine) * my_factor).astype(BF16).astype(F32)
-        return gradient + my_factor * x, product + rounded * x
+        return gradient + my_factor * x, product + jnp.where(number > 0, rounded * x, 0.0)
 
     nothing = zeros((CHUNK, SLAB))
     return lax.fori_loop(0, LEVELS, level, (nothing, nothing if product is None else product))
