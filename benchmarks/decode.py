@@ -27,9 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gla_jax.config import Config, load
 from gla_jax.hardware import GIB
 from gla_jax.inference.generation import draw_token, keys_by_row
-from gla_jax.models import abstract_model, bind, init_params
+from gla_jax.models import abstract_model, bind, init_params, split_layers, stack_layers
 from gla_jax.models.language_model import make_room
 from gla_jax.parallel.program import read_memory
+
+SPLIT = jax.default_backend() == "gpu"
+"""Whether layers run one by one, as `gla_jax.inference` has it."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -44,6 +47,8 @@ def drawing(graphdef: Any, room: int, batch_size: int, tokens: int) -> tuple[Any
 
     def draw(params: Any, last: jax.Array, state: Any) -> tuple[jax.Array, jax.Array, Any]:
         model, row_keys = model_of(params), keys_by_row(jax.random.key(0), 0, batch_size)
+        if SPLIT:
+            model = split_layers(model, stack_layers(state))[0]
 
         def step(carry: Any, number: jax.Array) -> tuple[Any, jax.Array]:
             last, state = carry
@@ -63,7 +68,9 @@ def drawing(graphdef: Any, room: int, batch_size: int, tokens: int) -> tuple[Any
                 return jnp.where(slots <= context, slots, 0)
             return leaf
 
-        return jax.tree_util.tree_map_with_path(fill, model_of(params).init_state(batch_size))
+        model = model_of(params)
+        state = jax.tree_util.tree_map_with_path(fill, model.init_state(batch_size))
+        return split_layers(model, state)[1] if SPLIT else state
 
     return draw, state_after
 

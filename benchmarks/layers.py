@@ -3,10 +3,10 @@
     python benchmarks/layers.py --output=layers.json
     python benchmarks/plot.py layers.json layers.png
 
-Each mixer as in the 1.3B models of `configs/` (linear attention with the sizes of GLA), without norm and SwiGLU; bfloat16
-on float32 parameters. Forward alone, and forward with the gradients of inputs and parameters. A time is that of a run of
-calls that the device never waits for, divided by their number: the median of several runs, with the least and the most.
-Memory is what the compiler reserves beyond arguments and results.
+Each mixer as in the 1.3B models of `configs/` (linear attention with the sizes of GLA), without norm and SwiGLU;
+bfloat16 on float32 parameters. Forward alone, and forward with the gradients of inputs and parameters. A time is that
+of a run of calls that the device never waits for, divided by their number: the median of several runs, with the least
+and the most. Memory is what the compiler reserves beyond arguments and results.
 """
 
 import argparse

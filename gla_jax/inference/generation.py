@@ -15,7 +15,9 @@ import numpy as np
 from flax import nnx
 
 from gla_jax.inference.sampling import sample
+from gla_jax.models import LanguageModel, split_layers
 from gla_jax.parallel.sharding import axis_size, shard, whole_rows
+from pallas_kernels.target import target
 
 
 def generate(
@@ -122,6 +124,8 @@ def _generate(
         return draw_token(model, hidden[:, -1:], row_keys, step, temperature, top_k=top_k, top_p=top_p)
 
     hidden, state = prefill(model, tokens, starts)
+    if target().platform == "gpu" and isinstance(model, LanguageModel):
+        model, state = split_layers(model, state)
     starts = shard(starts, "batch")
     first = draw(hidden, jnp.int32(0))
     new = shard(jnp.full((rows, max_tokens), 0 if end_token is None else end_token, jnp.int32), "batch", None)

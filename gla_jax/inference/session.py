@@ -16,8 +16,9 @@ from flax import nnx
 
 from gla_jax.config import ConfigError
 from gla_jax.inference.generation import draw_token, keys_by_row, pad_left, prefill
-from gla_jax.models import LanguageModel
+from gla_jax.models import LanguageModel, split_layers, stack_layers
 from gla_jax.parallel.sharding import shard, whole_rows
+from pallas_kernels.target import target
 
 _FED_AT_A_TIME = 2048
 
@@ -171,5 +172,8 @@ def _draw(
         last, state = model.hidden_states(token[:, None], state)
         return (last, state), token
 
+    is_split = target().platform == "gpu"
+    if is_split:
+        model, state = split_layers(model, state)
     (last, state), tokens = jax.lax.scan(step, (last, state), drawn + jnp.arange(count))
-    return shard(tokens.T, None, None), last, state
+    return shard(tokens.T, None, None), last, stack_layers(state) if is_split else state

@@ -1,6 +1,6 @@
 """Language models: how they are made, and their parameters as plain nested dicts of arrays."""
 
-from gla_jax.models.language_model import LanguageModel
+from gla_jax.models.language_model import LanguageModel, split_layers, stack_layers
 from gla_jax.models.parameters import (
     ParameterRow,
     abstract_model,
@@ -18,4 +18,6 @@ __all__ = [
     "decay_mask",
     "init_params",
     "parameter_table",
+    "split_layers",
+    "stack_layers",
 ]

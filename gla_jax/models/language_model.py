@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from gla_jax.config import ConfigError, ModelConfig
 from gla_jax.layers import MIXERS
 from gla_jax.layers.check import check_one_of
-from gla_jax.layers.linear import linear
+from gla_jax.layers.linear import Linear, linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding
@@ -226,7 +226,7 @@ class LanguageModel(nnx.Module):
         next_state = {}
         for name, _, count in self.groups:
             blocks = getattr(self, name)
-            if unroll:
+            if unroll or (state is not None and isinstance(state[name], tuple)):
                 x, next_state[name] = _unroll(run, x, blocks, None if state is None else state[name], count)
             elif state is None or input_ids.shape[1] > 1:
                 x, next_state[name] = jax.lax.scan(run, x, (blocks, None if state is None else state[name]))
@@ -270,18 +270,49 @@ class LanguageModel(nnx.Module):
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
 
-def _unroll(run: Callable[..., Any], x: jax.Array, blocks: Block, states: Any, count: int) -> tuple[jax.Array, Any]:
-    """Do as `lax.scan(run, x, (blocks, states))`, without a loop."""
-    leaves, tree = jax.tree.flatten((blocks, states))
+def split_layers(model: LanguageModel, state: Any) -> tuple[LanguageModel, Any]:
+    """Return a model and its state with the layers one by one in place of the stacks: for loops over tokens.
+
+    In such a loop the compiler copies the weights of a layer out of their stack again for every token, and what a layer
+    leaves into the stack of states. Done once before the loop, this takes room for the weights once more. They are cast
+    to what products are computed in as well, which would have been done for every token.
+    """
+    model = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, Linear):
+            module.kernel[...] = module.kernel[...].astype(module.dtype)
+        elif isinstance(module, Embedding):
+            module.embedding[...] = module.embedding[...].astype(module.dtype)
+    for name, _, count in model.groups:
+        setattr(model, name, nnx.List(_split(getattr(model, name), count)))
+    return model, {name: tuple(_split(state[name], count)) for name, _, count in model.groups}
+
+
+def stack_layers(state: Any) -> Any:
+    """Return the state that `split_layers` was given, or what became of it."""
+    return {name: jax.tree.map(lambda *layers: jnp.stack(layers), *states) for name, states in state.items()}
+
+
+def _split(stack: Any, count: int) -> list[Any]:
+    """Return a pytree for each layer of a stack of them."""
     # Split and not indexed: the gradient is one concatenation then, and no sum of stacks that are 0 but for a layer.
-    parts = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    leaves, tree = jax.tree.flatten(stack)
+    layers = [jax.lax.split(leaf, [1] * count) for leaf in leaves]
+    return [
+        jax.tree.unflatten(tree, [jax.lax.squeeze(part, [0]) for part in parts]) for parts in zip(*layers, strict=True)
+    ]
+
+
+def _unroll(run: Callable[..., Any], x: jax.Array, blocks: Any, states: Any, count: int) -> tuple[jax.Array, Any]:
+    """Do as `lax.scan(run, x, (blocks, states))`, without a loop; states come back as they came, stacked or split."""
+    is_split = isinstance(states, tuple)
+    old_states = states if is_split else [None] * count if states is None else _split(states, count)
     run_layer = jax.jit(run)  # which is traced once
     new_states = []
-    for layer in range(count):
-        own = [jax.lax.squeeze(part[layer], [0]) for part in parts]
-        x, new_state = run_layer(x, jax.tree.unflatten(tree, own))
+    for block, state in zip(blocks if is_split else _split(blocks, count), old_states, strict=True):
+        x, new_state = run_layer(x, (block, state))
         new_states.append(new_state)
-    return x, jax.tree.map(lambda *layers: jnp.stack(layers), *new_states)
+    return x, tuple(new_states) if is_split else jax.tree.map(lambda *layers: jnp.stack(layers), *new_states)
 
 
 def _scan_in_place(

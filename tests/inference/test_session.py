@@ -10,6 +10,7 @@ from gla_jax.inference import generate
 from gla_jax.inference.session import Session
 from gla_jax.inference.text import TextStream
 from gla_jax.models import abstract_model, bind
+from pallas_kernels.target import Target
 
 PROMPTS = [[0, 5, 6], [0, 7, 8, 9, 10, 11, 12]]
 
@@ -28,7 +29,12 @@ def model():
 
 
 @pytest.mark.long
-def test_the_tokens_are_those_of_generate(model):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_the_tokens_are_those_of_generate(model, platform, monkeypatch):
+    # On a GPU both loops run the layers one by one.
+    jax.clear_caches()
+    for module in ("generation", "session"):
+        monkeypatch.setattr(f"gla_jax.inference.{module}.target", lambda: Target(platform, ""))
     expected = generate(model, PROMPTS, max_tokens=12, temperature=1.5, seed=3)
     session = Session(model, PROMPTS, temperature=1.5, seed=3)
     found = np.concatenate([session.draw(4), session.draw(4), session.draw(4)], axis=1)

@@ -7,7 +7,7 @@ import pytest
 
 from gla_jax.config import ConfigError, DtypeConfig, MeshConfig, ModelConfig
 from gla_jax.layers import MIXERS, GatedLinearAttention
-from gla_jax.models import abstract_model, bind
+from gla_jax.models import abstract_model, bind, split_layers, stack_layers
 from gla_jax.parallel.mesh import make_mesh
 from gla_jax.parallel.sharding import shard
 
@@ -103,6 +103,21 @@ def test_layers_without_a_loop_equal_the_loop():
     assert_close(results["none", True], results["none", False])
     assert_close(results["full", True], results["none", False])
     assert memory["full", True] < 0.8 * memory["none", True]
+
+
+def test_a_step_with_split_layers_equals_one_with_stacks():
+    graphdef, params = make(dataclasses.replace(CONFIG, mixer=("gla", "gla", "ungated")), DtypeConfig())
+    _, state = forward(graphdef, params, tokens())
+    wanted = forward(graphdef, params, tokens(length=1), state)
+
+    @jax.jit
+    def step(params, state, input_ids):
+        model, layers = split_layers(bind(graphdef, params), state)
+        logits, layers = model(input_ids, layers)
+        return logits, stack_layers(layers)
+
+    results = step(params, state, tokens(length=1))
+    jax.tree.map(np.testing.assert_array_equal, results, wanted)
 
 
 def test_prefill_and_steps_equal_the_whole():
