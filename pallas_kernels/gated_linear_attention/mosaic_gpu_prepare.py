@@ -1,4 +1,4 @@
-"""What a walk over the chunks of wide heads needs of queries, keys and gates, made by all chunks side by side on Hopper.
+"""What a walk over the chunks of wide heads needs of queries, keys and gates, made by all chunks at once on Hopper.
 
 A wide head's state fills the registers of several thread blocks, and each of them would make the same gated tiles. So
 they are made here, once, with references that suit every gate (the second kind of `mosaic_gpu_chunk`):
