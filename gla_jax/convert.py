@@ -14,6 +14,7 @@ from absl import flags
 
 from gla_jax import command_line
 from gla_jax.config import ConfigError
+from gla_jax.storage import is_remote, open_path
 
 _FROM = flags.DEFINE_string("from", None, "import: a Hugging Face directory.")
 _TO = flags.DEFINE_string("to", None, "export: the directory to make.")
@@ -39,7 +40,9 @@ def main(action: str) -> None:
         raise ConfigError(f"{action} needs --{needed.name}=DIR.")
     if other.value is not None:
         raise ConfigError(f"{action} has no --{other.name}.")
-    workdir, directory = Path(_WORKDIR.value), Path(needed.value)
+    workdir, directory = open_path(_WORKDIR.value), Path(needed.value)
+    if "://" in needed.value or (action == "import" and is_remote(workdir)):
+        raise ConfigError(f"{action} works on folders of this machine; `gcloud storage cp` copies to and from buckets.")
     if action == "import":
         config = import_model(directory, workdir, log=say)
         print(f"{workdir}: {config.model.num_layers} layers of {config.model.mixer}, {config.dtype.params}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from gla_jax import command_line
+from gla_jax.storage import is_remote, open_path
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.", required=True)
 _BATCHES = flags.DEFINE_integer("batches", 0, "Score so many batches only; 0: all there are.", lower_bound=0)
@@ -103,7 +104,7 @@ def _score_held_out() -> None:
     from gla_jax.training.step import make_eval_step
     from gla_jax.training.workdir import read_config
 
-    workdir = Path(_WORKDIR.value)
+    workdir = open_path(_WORKDIR.value)
     config = read_config(workdir)
     with jax.set_mesh(make_mesh(MeshConfig())):
         config, data = open_data(config)
@@ -133,7 +134,7 @@ def _score_by_position() -> None:
     from gla_jax.loading import load_config, load_model
     from gla_jax.parallel.mesh import make_mesh
 
-    workdir = Path(_WORKDIR.value)
+    workdir = open_path(_WORKDIR.value)
     config = load_config(workdir)
     data, usual = config.data, config.data.sequence_length
     if _DATA.value is not None:
@@ -165,7 +166,7 @@ def _ask() -> None:
     from gla_jax.loading import load_config, load_model
     from gla_jax.parallel.mesh import make_mesh
 
-    workdir = Path(_WORKDIR.value)
+    workdir = open_path(_WORKDIR.value)
     files = [(name, read_questions(Path(name), _LIMIT.value)) for name in _RECALL.value]
     tokenizer = load_tokenizer(load_config(workdir).data.tokenizer)
     begin = (workdir / "metrics.jsonl").is_file() if _BEGIN.value is None else _BEGIN.value
@@ -202,7 +203,9 @@ def _run_harness() -> None:
         raise ConfigError("--harness needs the library lm-eval: pip install 'gla-jax[eval]'.")
     from gla_jax.evaluation.harness import HarnessModel, Journal, run_tasks
 
-    workdir = Path(_WORKDIR.value)
+    workdir = open_path(_WORKDIR.value)
+    if is_remote(workdir) and not _OUTPUT.value:
+        raise ConfigError("--harness keeps its results in a folder of this machine; name one with --output.")
     output = Path(_OUTPUT.value) if _OUTPUT.value else workdir / "harness"
     config = load_config(workdir)
     tokenizer = load_tokenizer(config.data.tokenizer)

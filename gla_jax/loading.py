@@ -12,6 +12,7 @@ from gla_jax.interop.folder import Parameter
 from gla_jax.interop.translation import is_hugging_face
 from gla_jax.interop.translation import read_config as read_hugging_face_config
 from gla_jax.models import LanguageModel, abstract_model, bind
+from gla_jax.storage import is_remote, open_path
 from gla_jax.training.checkpoint import restore_params
 from gla_jax.training.workdir import read_config
 
@@ -26,7 +27,8 @@ def load_model(path: str | Path) -> LanguageModel:
     Inside `jax.set_mesh` the parameters are read straight into their shards; elsewhere onto the first device.
 
     Args:
-        path: the run's folder, or a Hugging Face directory: config.json, safetensors files.
+        path: the run's folder, which may be gs://BUCKET/FOLDER, or a Hugging Face directory: config.json, safetensors
+            files.
 
     Returns:
         A `gla_jax.models.LanguageModel` with the run's parameters, or their moving average if the run keeps one.
@@ -34,8 +36,8 @@ def load_model(path: str | Path) -> LanguageModel:
     Raises:
         ConfigError: the folder is neither, or what it holds cannot be read.
     """
-    path = Path(path)
-    if is_hugging_face(path):
+    path = open_path(path)
+    if is_hugging_face(path) and not is_remote(path):
         _, graphdef, pairs = interop.open_model(path)
         is_pair = lambda leaf: isinstance(leaf, tuple)
         return bind(graphdef, jax.tree.map(lambda pair: _read(*pair), pairs, is_leaf=is_pair))
@@ -54,7 +56,7 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: as `load_model`.
     """
-    path = Path(path)
+    path = open_path(path)
     return read_hugging_face_config(path)[0] if is_hugging_face(path) else read_config(path)
 
 
@@ -64,9 +66,14 @@ def describe_files(path: str | Path) -> list[tuple[str, int, int]]:
     Args:
         path: as for `load_model`.
     """
-    path = Path(path)
-    found = [path / "config.json", *path.glob("*.safetensors"), *path.glob("checkpoints/*/file_sizes.json")]
-    return sorted((str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in found)
+    path = open_path(path)
+    patterns = ("*.safetensors", "checkpoints/*/file_sizes.json", "checkpoints/*/commit_success.txt")
+    found = [path / "config.json", *(file for pattern in patterns for file in path.glob(pattern))]
+    return sorted((file.relative_to(path).as_posix(), *_size_and_time(file.stat())) for file in found)
+
+
+def _size_and_time(stat: Any) -> tuple[int, int]:
+    return (stat.length, stat.mtime) if hasattr(stat, "length") else (stat.st_size, stat.st_mtime_ns)
 
 
 def _read(leaf: jax.ShapeDtypeStruct, parameter: Parameter) -> jax.Array:

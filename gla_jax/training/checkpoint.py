@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gla_jax.config import CheckpointConfig, ConfigError
+from gla_jax.storage import is_remote
 from gla_jax.training.state import Params, TrainState
 
 _SIZES = "file_sizes.json"
@@ -42,7 +43,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, start: int):
-        self._folder = folder = folder.absolute()  # Orbax takes no other
+        self._folder = folder = _absolute(folder)
         if jax.process_index() == 0:
             for step in _steps(folder):
                 if step > start:
@@ -111,7 +112,7 @@ def require_space(folder: Path, state: TrainState) -> None:
         folder: where it would go.
         state: what would be saved, or its description.
     """
-    if jax.process_index() > 0:
+    if jax.process_index() > 0 or is_remote(folder):
         return
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) + _OVERHEAD
     free = shutil.disk_usage(folder).free
@@ -268,7 +269,7 @@ def _read_newest(
 ) -> Mapping[str, Any] | None:
     steps = _steps(folder)
     for step in reversed(steps):
-        path = _path(folder.absolute(), step)
+        path = _path(_absolute(folder), step)
         try:
             _check_sizes(path)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
@@ -290,7 +291,17 @@ def _path(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.glob("*") if path.name.isdigit()]
+    if is_remote(folder):  # nothing can be renamed there, so Orbax marks what is complete
+        paths = [path for path in paths if ocp.utils.is_checkpoint_finalized(path)]
+    return sorted(int(path.name) for path in paths)
+
+
+def _absolute(folder: Path) -> Path:
+    """Return the path as Orbax wants it; addresses are absolute already."""
+    return folder if is_remote(folder) else folder.absolute()
 
 
 def _unused(path: Path) -> Path:
@@ -307,8 +318,9 @@ def _file_sizes(checkpoint: Path) -> dict[str, int]:
 
 def _check_sizes(checkpoint: Path) -> None:
     listed = checkpoint / _SIZES
-    expected = json.loads(listed.read_text()) if listed.exists() else {}
-    found = _file_sizes(checkpoint)
+    if not listed.exists():  # as in a bucket, where no file loses a part of it
+        return
+    expected, found = json.loads(listed.read_text()), _file_sizes(checkpoint)
     for name, size in expected.items():
         if found.get(name) != size:
             raise OSError(f"{name} has {found.get(name, 0):,} of {size:,} bytes")

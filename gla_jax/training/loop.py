@@ -5,7 +5,6 @@ import dataclasses
 import math
 import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from gla_jax.evaluation import EvalStep, evaluate
 from gla_jax.inference import generate
 from gla_jax.models import abstract_model, bind, parameter_table
 from gla_jax.parallel.mesh import check_batch, make_mesh, place_batch, process_rows
+from gla_jax.storage import open_path
 from gla_jax.training.checkpoint import CheckpointWriter, require_space, restore_params, restore_state
 from gla_jax.training.display import Display, Numbers, open_display
 from gla_jax.training.interruption import Interruption
@@ -128,6 +128,7 @@ def train(config: Config, workdir: str, *, devices: Sequence[jax.Device] | None 
                     folder.add_sample(step, text)
                     display.say(text)
             if saving:
+                metrics.flush()
                 loss = evaluation["eval/loss"] if evaluating else None
                 checkpoints.save(state, step=step, data_fingerprint=data.fingerprint, eval_loss=loss)
             if evaluating or saving:
@@ -263,7 +264,7 @@ def _restore_run(
 
 def _restore_other(workdir: str, config: Config, abstract_params: Params, display: Display) -> Params:
     """Return the newest parameters of another run, whose model must be the same in shape."""
-    folder = Path(workdir)
+    folder = open_path(workdir)
     shapes = lambda params: {row.path: row.shape for row in parameter_table(params)}
     ours, theirs = shapes(abstract_params), shapes(abstract_model(read_config(folder).model, config.dtype)[1])
     for name in ours | theirs:

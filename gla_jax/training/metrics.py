@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 
 from gla_jax.config import Config, as_dict
+from gla_jax.storage import GrowingFile, is_remote
 from gla_jax.training.workdir import Workdir
 
 
@@ -25,16 +26,18 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Workdir, config: Config, *, start: int):
-        self._metrics = self._timings = self._tensorboard = self._wandb = None
+        self._metrics: GrowingFile | None = None
+        self._timings: GrowingFile | None = None
+        self._tensorboard = self._wandb = None
         if jax.process_index() > 0:
             return
         workdir.rewind(start)
-        self._metrics = workdir.metrics.open("a", buffering=1)
-        self._timings = workdir.timings.open("a", buffering=1)
-        with contextlib.suppress(ImportError):
-            from tensorboardX import SummaryWriter
+        self._metrics, self._timings = GrowingFile(workdir.metrics), GrowingFile(workdir.timings)
+        if not is_remote(workdir.path):  # events are a file that grows, which a bucket has none of
+            with contextlib.suppress(ImportError):
+                from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=start + 1)
+                self._tensorboard = SummaryWriter(str(workdir.tensorboard), purge_step=start + 1)
         if config.log.wandb_project is not None:
             self._wandb = _start_wandb(workdir, config, config.log.wandb_project)
 
@@ -56,6 +59,12 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def flush(self) -> None:
+        """Have every line in its file, as it must be before a checkpoint of its step is: what follows is rewound."""
+        for file in (self._metrics, self._timings):
+            if file is not None:
+                file.flush()
+
     def __enter__(self) -> Self:
         return self
 
@@ -70,6 +79,8 @@ class MetricsWriter:
 def _start_wandb(workdir: Workdir, config: Config, project: str) -> Any:
     import wandb
 
-    name = str(workdir.path.resolve())
+    remote = is_remote(workdir.path)
+    name = str(workdir.path if remote else workdir.path.resolve())
     identity = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()  # a resumed run goes on in the same curves
-    return wandb.init(project=project, id=identity, name=name, dir=name, config=as_dict(config), resume="allow")
+    folder = None if remote else name
+    return wandb.init(project=project, id=identity, name=name, dir=folder, config=as_dict(config), resume="allow")

@@ -1,14 +1,16 @@
 """The folder of a run: who may use it, and what of it is kept when training goes on from an earlier step."""
 
+import contextlib
 import fcntl
 import json
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import jax
 
 from gla_jax.config import Config, ConfigError, as_dict, build, flat
+from gla_jax.storage import GrowingFile, is_remote, open_path, replace_text
 
 FREE_FIELDS = re.compile(
     r"steps|init_from|(log|eval|checkpoint|mesh|profile|sample)\..*|data\.prefetch"
@@ -21,15 +23,17 @@ FREE_FIELDS = re.compile(
 class Workdir:
     """A run's folder and what lies where in it, locked against a second trainer while it is open.
 
+    A bucket has no locks: there it is up to the user.
+
     Args:
-        path: made if need be, when entered.
+        path: made if need be, when entered; a folder, or gs://BUCKET/FOLDER.
 
     Raises:
-        ConfigError: when entered, if it cannot be written or another trainer has it.
+        ConfigError: it is another kind of address; when entered, if it cannot be written or another trainer has it.
     """
 
     def __init__(self, path: str):
-        self.path = Path(path)
+        self.path = open_path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.timings = self.path / "timings.jsonl"
@@ -38,11 +42,10 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self._primary = jax.process_index() == 0  # the only process that writes here, but for checkpoints
-        if "://" in path:
-            raise ConfigError(f"--workdir={path} is an address; mount the bucket and give the mounted folder.")
+        self._lock: TextIO | None = None
 
     def __enter__(self) -> Self:
-        if self._primary:
+        if self._primary and not is_remote(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = open(self.path / ".lock", "w")
@@ -56,7 +59,7 @@ class Workdir:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._primary:
+        if self._lock is not None:
             self._lock.close()
 
     def check_config(self, config: Config) -> None:
@@ -79,7 +82,7 @@ class Workdir:
     def write_config(self, config: Config) -> None:
         """Write config.json, which makes the folder this run's."""
         if self._primary:
-            _replace_text(self.config, json.dumps(as_dict(config), indent=2) + "\n")
+            replace_text(self.config, json.dumps(as_dict(config), indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was written about later steps, which training on from this one will write again."""
@@ -89,13 +92,13 @@ class Workdir:
         for path, record in ((self.metrics, line), (self.timings, line), (self.samples, _SAMPLE)):
             if path.exists():
                 kept = (match[0] for match in re.finditer(record, path.read_text()) if int(match[1]) <= step)
-                _replace_text(path, "".join(kept))
+                replace_text(path, "".join(kept))
 
     def add_sample(self, step: int, text: str) -> None:
         """Append to samples.txt."""
         if not self._primary:
             return
-        with self.samples.open("a") as file:
+        with contextlib.closing(GrowingFile(self.samples)) as file:
             file.write(f"=== step {step} ===\n{text.rstrip()}\n")
 
 
@@ -127,10 +130,3 @@ def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
     """Return (dotted name, our value, their value) of every field in which two configs differ."""
     left, right = flat(ours), flat(theirs)
     return [(name, left.get(name), right.get(name)) for name in left | right if left.get(name) != right.get(name)]
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file in one go: whoever reads it, or a crash, finds the old or the new text."""
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -72,7 +72,7 @@ def test_one_trainer_at_a_time(tmp_path: Path) -> None:
     [
         ("{file}/run", "Not a directory"),
         ("/proc/run", "cannot be written"),
-        ("gs://bucket/run", "mount the bucket"),
+        ("s3://bucket/run", "give a folder, or gs://BUCKET/FOLDER"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused(path: str, sentence: str, tmp_path: Path) -> None:
