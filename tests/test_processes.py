@@ -6,15 +6,20 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from test_train import Command, newest_step, strike, train
+from test_train import Command, newest_step, train
 
 DEVICES = 4
-PATIENCE = 90
-"""Seconds within which the rest must end when one is killed: those of `join_cluster`, and some to end in."""
+PATIENCE = 150
+"""Seconds within which the rest must end when one is killed: those of `join_cluster`, and some to end in, on a machine
+that others may keep busy."""
+TRIES = 4
+TOO_LATE = "Gloo context initialization failed"
+"""What the exchange between CPUs says when a process meets the others more than 30 s late, as happens where processes
+have to share a core: nothing is wrong then, and the same command goes on."""
 MESH = ("--distributed=on", "--config.mesh.data=2", "--config.mesh.fsdp=2")
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
@@ -57,11 +62,35 @@ def finish(processes: Processes, timeout: float = 600) -> list[tuple[str, str]]:
             process.kill()
 
 
-def complete(processes: Processes) -> list[str]:
-    """Wait for all, who must succeed, and return what each said."""
-    said = finish(processes)
+def complete(start_all: Callable[[], Processes]) -> list[str]:
+    """Start processes and wait for all, who must succeed; return what each said, of all tries together."""
+    outputs: list[str] = []
+    for _ in range(TRIES):
+        processes = start_all()
+        said = finish(processes)
+        outputs = [before + out for before, (out, _) in zip(outputs or [""] * len(said), said, strict=True)]
+        if not met_too_late(said):
+            break
     assert [process.returncode for process in processes] == [0] * len(processes), said
-    return [out for out, _ in said]
+    return outputs
+
+
+def met_too_late(said: Sequence[tuple[str, str]]) -> bool:
+    return any(TOO_LATE in err for _, err in said)
+
+
+def strike_one(start_all: Callable[[], Processes], victim: int, workdir: Path, step: int, number: int) -> Processes:
+    """Start processes, and send one of them a signal once the metrics of a step have been written."""
+    for _ in range(TRIES):
+        processes = start_all()
+        while newest_step(workdir) < step and all(process.poll() is None for process in processes):
+            time.sleep(0.002)
+        if newest_step(workdir) >= step and processes[victim].poll() is None:
+            processes[victim].send_signal(number)
+            return processes
+        said = finish(processes, PATIENCE)
+        assert met_too_late(said), said
+    raise AssertionError(f"{TRIES} times some process met the others too late; this machine is too busy")
 
 
 def figures(workdir: Path) -> list[dict[str, float]]:
@@ -91,7 +120,7 @@ def test_a_run_that_loses_processes_is_the_run_that_did_not(
     count: int, command: Command, finished: Path, tmp_path: Path
 ) -> None:
     undisturbed, workdir = tmp_path / "undisturbed", tmp_path / "killed"
-    complete(start(command, undisturbed, count))
+    complete(lambda: start(command, undisturbed, count))
     assert_close(undisturbed, finished)
 
     seed = time.time_ns()
@@ -99,9 +128,8 @@ def test_a_run_that_loses_processes_is_the_run_that_did_not(
     steps = sorted(chance.sample(range(1, 110), 5))
     print(f"killing at steps {steps} of seed {seed}")
     for step in steps:
-        processes = start(command, workdir, count)
         victim = chance.randrange(count)
-        strike(processes[victim], workdir, step, signal.SIGKILL)
+        processes = strike_one(lambda: start(command, workdir, count), victim, workdir, step, signal.SIGKILL)
         said = finish(processes, PATIENCE)
         for index, process in enumerate(processes):
             assert process.returncode != 0
@@ -109,20 +137,19 @@ def test_a_run_that_loses_processes_is_the_run_that_did_not(
                 assert "another task died" in said[index][1], said[index][1]
         # Process 0 keeps the list of those that live; without it the rest know only that it is gone.
         assert victim == 0 or f"stopped sending heartbeats):\n{victim}\n" in said[0][1]
-    complete(start(command, workdir, count))
+    complete(lambda: start(command, workdir, count))
     for name in ("metrics.jsonl", "samples.txt"):
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
 def test_sigterm_stops_all_and_half_as_many_go_on(command: Command, finished: Path, tmp_path: Path) -> None:
-    processes = start(command, tmp_path, 4)
-    strike(processes[3], tmp_path, 20, signal.SIGTERM)
-    stopped = [
-        re.search(r"Stopped and saved at step (\d+)\. To resume:\n    (.*)\n$", out) for out in complete(processes)
-    ]
+    processes = strike_one(lambda: start(command, tmp_path, 4), 3, tmp_path, 20, signal.SIGTERM)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0] * 4, said
+    stopped = [re.search(r"Stopped and saved at step (\d+)\. To resume:\n    (.*)\n$", out) for out, _ in said]
     steps = {int(match[1]) for match in stopped if match}
     assert all(stopped) and len(steps) == 1 and newest_step(tmp_path) <= max(steps) < 120
-    said = complete(start(command, tmp_path, 2))
+    said = complete(lambda: start(command, tmp_path, 2))
     assert f"Resuming {tmp_path} at step {max(steps)} of 120." in said[0] and "Resuming" not in said[1]
     assert_close(tmp_path, finished)
 
@@ -134,7 +161,7 @@ def test_rows_may_be_cut_across_processes_that_are_told_of_each_other(
     told = f"--coordinator=127.0.0.1:{random.randrange(20_000, 30_000)}"
     arguments = train(tmp_path, "--config.mesh.sequence=2", "--config.mesh.tensor=2", told)
     devices = {"JAX_NUM_CPU_DEVICES": str(DEVICES // 2)}
-    complete([command.start(*arguments, f"--process={index}/2", environment=devices) for index in range(2)])
+    complete(lambda: [command.start(*arguments, f"--process={index}/2", environment=devices) for index in range(2)])
     assert_close(tmp_path, finished)
 
 
