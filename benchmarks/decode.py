@@ -11,7 +11,10 @@ what is made on the way.
 """
 
 import argparse
+import concurrent.futures
+import dataclasses
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -75,35 +78,52 @@ def drawing(graphdef: Any, room: int, batch_size: int, tokens: int) -> tuple[Any
     return draw, state_after
 
 
-def measure(config: Config, params: Any, context: int, batch_size: int, tokens: int, runs: int) -> dict[str, Any]:
-    """Compile and time the drawing of tokens after one context."""
-    graphdef, _ = abstract_model(config.model, config.dtype)
-    draw, state_after = drawing(graphdef, context + tokens * (runs + 1), batch_size, tokens)
-    fill = jax.jit(state_after, static_argnums=1)
-    shape = jax.eval_shape(lambda params: state_after(params, context), params)
-    last = jnp.zeros((batch_size, 1, config.model.hidden_size), jnp.bfloat16)
-    start = time.perf_counter()
-    compiled = jax.jit(draw, donate_argnums=2).lower(params, last, shape).compile()
-    seconds, memory = time.perf_counter() - start, read_memory(compiled)
-    state, times = fill(params, context), []
-    for _ in range(runs + 1):
+@dataclasses.dataclass
+class Case:
+    """One model, batch size and context, on its way through the compiler."""
+
+    model: str
+    config: Config
+    context: int
+    batch_size: int
+    tokens: int
+    runs: int
+
+    def compile(self) -> None:
+        """Compile the drawing of tokens."""
+        graphdef, params = abstract_model(self.config.model, self.config.dtype)
+        draw, self.state_after = drawing(
+            graphdef, self.context + self.tokens * (self.runs + 1), self.batch_size, self.tokens
+        )
+        self.state = jax.eval_shape(lambda params: self.state_after(params, self.context), params)
+        self.last = jax.ShapeDtypeStruct((self.batch_size, 1, self.config.model.hidden_size), jnp.bfloat16)
+        lowered = jax.jit(draw, donate_argnums=2).lower(params, self.last, self.state)
         start = time.perf_counter()
-        drawn, last, state = compiled(params, last, state)
-        jax.block_until_ready(drawn)
-        times.append((time.perf_counter() - start) / tokens)
-    times = times[1:]
-    rate = lambda seconds: round(batch_size / seconds, 1)
-    return {
-        "step_ms": round(1e3 * statistics.median(times), 4),
-        "tokens_per_second": {
-            "median": rate(statistics.median(times)),
-            "least": rate(max(times)),
-            "most": rate(min(times)),
-        },
-        "state_GiB": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shape)) / GIB,
-        "memory_GiB": round(memory.peak / GIB, 3),
-        "compile_seconds": round(seconds, 1),
-    }
+        self.draw = lowered.compile()
+        self.seconds = time.perf_counter() - start
+
+    def measure(self, params: Any) -> dict[str, Any]:
+        """Run and time it."""
+        state = jax.jit(self.state_after, static_argnums=1)(params, self.context)
+        last, times = jnp.zeros(self.last.shape, self.last.dtype), []
+        for _ in range(self.runs + 1):
+            start = time.perf_counter()
+            drawn, last, state = self.draw(params, last, state)
+            jax.block_until_ready(drawn)
+            times.append((time.perf_counter() - start) / self.tokens)
+        times = times[1:]
+        rate = lambda seconds: round(self.batch_size / seconds, 1)
+        return {
+            "step_ms": round(1e3 * statistics.median(times), 4),
+            "tokens_per_second": {
+                "median": rate(statistics.median(times)),
+                "least": rate(max(times)),
+                "most": rate(min(times)),
+            },
+            "state_GiB": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state)) / GIB,
+            "memory_GiB": round(read_memory(self.draw).peak / GIB, 3),
+            "compile_seconds": round(self.seconds, 1),
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -125,20 +145,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "set": options.set,
         "rows": [],
     }
-    for model in options.models.split(","):
-        config = load(str(CONFIGS / f"{model}.py"), settings)
-        params = init_params(config.model, config.dtype, jax.random.key(0))
-        for batch_size in map(int, options.batch_sizes.split(",")):
-            for context in map(int, options.contexts.split(",")):
-                row: dict[str, Any] = {"model": model, "batch_size": batch_size, "context": context}
-                try:
-                    row |= measure(config, params, context, batch_size, options.tokens, options.runs)
-                except jax.errors.JaxRuntimeError as error:  # most of all, a cache that does not fit
-                    row["error"] = str(error).splitlines()[0][:300]
-                gc.collect()
-                report["rows"].append(row)
-                print(row, flush=True)
-                options.output.write_text(json.dumps(report, indent=1))
+    models, numbers = options.models.split(","), lambda text: [int(number) for number in text.split(",")]
+    configs = {model: load(str(CONFIGS / f"{model}.py"), settings) for model in models}
+    cases = [
+        Case(model, configs[model], context, batch_size, options.tokens, options.runs)
+        for model in models
+        for batch_size in numbers(options.batch_sizes)
+        for context in numbers(options.contexts)
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(Case.compile, cases))
+    for model, of_model in itertools.groupby(cases, lambda case: case.model):
+        params = init_params(configs[model].model, configs[model].dtype, jax.random.key(0))
+        for case in of_model:
+            row: dict[str, Any] = {"model": model, "batch_size": case.batch_size, "context": case.context}
+            try:
+                row |= case.measure(params)
+            except jax.errors.JaxRuntimeError as error:  # most of all, a cache that does not fit
+                row["error"] = str(error).splitlines()[0][:300]
+            gc.collect()
+            report["rows"].append(row)
+            print(row, flush=True)
+            options.output.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
