@@ -8,11 +8,13 @@ A model is a file in `configs/`, as it is but for the rows of a step and without
 bfloat16 compute. Tokens are random, each row one document, or `--documents` of equal length. As in the trainer, a step
 is dispatched before the metrics of the one before it are fetched; a step's time is that between two fetches. FLOPs are
 the model's: matrix products and the mixers' own, nothing for recomputation. On GPUs, kernels are launched one by one
-and not as CUDA graphs, whose kernels a trace cannot attribute; the time of a step is the same.
+and not as CUDA graphs, whose kernels a trace cannot attribute; the time of a step is the same. All programs are
+compiled at once: for the time that one takes to compile, give one.
 `--profile=FOLDER` keeps the trace, which xprof and Perfetto open.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import gc
 import json
@@ -76,7 +78,8 @@ def lower_step(config: Config, documents: int) -> Any:
 def compile_step(config: Config, documents: int, options: Mapping[str, Any]) -> tuple[Any, dict[str, float]]:
     """Compile the training step; return it and the seconds that tracing and compiling took."""
     start = time.perf_counter()
-    lowered = lower_step(config, documents)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        lowered = lower_step(config, documents)
     traced = time.perf_counter()
     graphs = {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
     compiled = lowered.compile(compiler_options=graphs | dict(options))
@@ -109,39 +112,33 @@ def trace_folder(folder: Path | None) -> Iterator[Path]:
 
 
 def measure(
-    config: Config,
-    *,
-    steps: int,
-    documents: int = 1,
-    options: Mapping[str, Any] | None = None,
-    profile: Path | None = None,
-    compiled: tuple[Any, dict[str, float]] | None = None,
+    config: Config, program: tuple[Any, dict[str, float]], steps: int, documents: int = 1, profile: Path | None = None
 ) -> dict[str, Any]:
-    """Compile, run and trace the training step of a config on the current mesh.
+    """Run, time and trace the training step of a config.
 
     Args:
         config: the run.
+        program: what `compile_step` returned for it.
         steps: timed ones, after three to warm up.
         documents: in each row.
-        options: of the compiler, e.g. {"xla_gpu_enable_latency_hiding_scheduler": True}.
         profile: where the trace is kept; None: nowhere.
-        compiled: what `compile_step` returned for this config, if it was called before.
     """
-    step, seconds = compiled or compile_step(config, documents, options or {})
-    memory = read_memory(step)
-    state = init_state(config, make_optimizer(config.optimizer, config.steps))
-    batch = random_batch(config, documents)
-    state, first_losses, _ = run_steps(step, state, batch, 3)
-    state, losses, times = run_steps(step, state, batch, steps + 1)
-    with trace_folder(profile) as folder:
-        with jax.profiler.trace(str(folder)):
-            state, _, _ = run_steps(step, state, batch, TRACED_STEPS)
-            jax.block_until_ready(state)
-        kernels = read_kernels(folder, read_op_names(step.as_text()), TRACED_STEPS)
-    devices = jax.sharding.get_mesh().devices.flat
-    tokens, length = config.data.batch_size * config.data.sequence_length, config.data.sequence_length
-    graphdef, params = abstract_model(config.model, config.dtype)
-    flops = 3 * bind(graphdef, params).flops_per_token(length)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        step, seconds = program
+        state = init_state(config, make_optimizer(config.optimizer, config.steps))
+        batch = random_batch(config, documents)
+        state, first_losses, _ = run_steps(step, state, batch, 3)
+        state, losses, times = run_steps(step, state, batch, steps + 2)
+        times = times[1:]  # what comes first also waits for the device to begin
+        with trace_folder(profile) as folder:
+            with jax.profiler.trace(str(folder)):
+                state, _, _ = run_steps(step, state, batch, TRACED_STEPS)
+                jax.block_until_ready(state)
+            kernels = read_kernels(folder, read_op_names(step.as_text()), TRACED_STEPS)
+        graphdef, params = abstract_model(config.model, config.dtype)
+        flops = 3 * bind(graphdef, params).flops_per_token(config.data.sequence_length)
+    devices, memory, tokens = mesh.devices.flat, read_memory(step), config.data.batch_size * config.data.sequence_length
     peak, median = peak_flops(devices[0].device_kind), statistics.median(times)
     in_use = (devices[0].memory_stats() or {}).get("peak_bytes_in_use")
     rate = lambda seconds: round(tokens / seconds)
@@ -156,7 +153,7 @@ def measure(
             "arguments": round(memory.arguments / GIB, 2),
             "process_so_far": None if in_use is None else round(in_use / GIB, 2),
         },
-        "seconds": seconds,
+        "compile_seconds": seconds,
         "losses": [round(loss, 5) for loss in first_losses + losses],
         "kernels": kernels,
     }
@@ -191,25 +188,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "documents": options.documents,
         "rows": [],
     }
-    for model in options.models.split(","):
-        for shape in options.shapes.split(","):
-            row: dict[str, Any] = {"model": model, "shape": shape}
-            config = make_config(model, shape, parse_settings(options.set))
-            with jax.set_mesh(make_mesh(config.mesh)):
-                try:
-                    row |= measure(
-                        config,
-                        steps=options.steps,
-                        documents=options.documents,
-                        options=parse_settings(options.xla),
-                        profile=None if options.profile is None else options.profile / f"{model}_{shape}",
-                    )
-                except jax.errors.JaxRuntimeError as error:  # most of all, one that does not fit
-                    row["error"] = str(error).splitlines()[0][:300]
-            gc.collect()
-            report["rows"].append(row)
-            print({name: value for name, value in row.items() if name not in ("losses", "kernels")}, flush=True)
-            options.output.write_text(json.dumps(report, indent=1))
+    cases = [
+        (model, shape, make_config(model, shape, parse_settings(options.set)))
+        for model in options.models.split(",")
+        for shape in options.shapes.split(",")
+    ]
+    xla = parse_settings(options.xla)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = [pool.submit(compile_step, config, options.documents, xla) for _, _, config in cases]
+        concurrent.futures.wait(programs)
+    for (model, shape, config), program in zip(cases, programs, strict=True):
+        row: dict[str, Any] = {"model": model, "shape": shape}
+        folder = None if options.profile is None else options.profile / f"{model}_{shape}"
+        try:
+            row |= measure(config, program.result(), options.steps, options.documents, folder)
+        except jax.errors.JaxRuntimeError as error:  # most of all, one that does not fit
+            row["error"] = str(error).splitlines()[0][:300]
+        gc.collect()
+        report["rows"].append(row)
+        print({name: value for name, value in row.items() if name not in ("losses", "kernels")}, flush=True)
+        options.output.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
