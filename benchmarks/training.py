@@ -98,7 +98,7 @@ def run_steps(step: Any, state: Any, batch: Any, count: int) -> tuple[Any, list[
     assert newest is not None
     losses.append(float(newest["loss"]))
     stamps.append(time.perf_counter())
-    return state, losses, list(np.diff(stamps))
+    return state, losses, np.diff(stamps).tolist()
 
 
 @contextlib.contextmanager
