@@ -106,6 +106,8 @@ class OptimizerConfig:
     """Global gradient norm is clipped to this; 0: never."""
     accumulation_steps: int = 1
     """Microbatches that a step is split into, weighted by their tokens."""
+    offload: bool = False
+    """Keep the moments of AdamW in the host's memory while gradients are computed."""
     ema_decay: float = 0.0
     """Decay of an exponential moving average of the parameters, used for evaluation; 0: none is kept."""
     z_loss: float = 0.0

@@ -118,6 +118,31 @@ def gather_weight(weight: jax.Array, *axes: str | None) -> jax.Array:
     return jax.sharding.reshard(weight, PartitionSpec(*used, reduced=set(tokens)))
 
 
+def to_host(tree: Any) -> Any:
+    """Move arrays, inside a jitted function, to the memory of the hosts: each part to that of its device's host.
+
+    Scalars stay: they take no room.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, tree)
+
+
+def to_device(tree: Any) -> Any:
+    """Bring back what `to_host` has moved."""
+    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, tree)
+
+
+def describe_on_host(tree: Any) -> Any:
+    """Return what `to_host` makes of arrays that are described by `jax.ShapeDtypeStruct` with a NamedSharding."""
+
+    def move(leaf: Any) -> Any:
+        if not leaf.ndim:
+            return leaf
+        place = leaf.sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(move, tree)
+
+
 def zeros(shape: Sequence[int], dtype: Any, *axes: str | None) -> jax.Array:
     """Make zeros that are laid out by their logical axes."""
     return jnp.zeros(shape, dtype, out_sharding=out_sharding(*axes)) if in_mesh() else jnp.zeros(shape, dtype)

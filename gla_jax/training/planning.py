@@ -1,5 +1,6 @@
 """What a training step needs, found by compiling it for devices that need not be here. Nothing is allocated or run."""
 
+import collections
 import dataclasses
 import functools
 import importlib.metadata
@@ -17,7 +18,7 @@ from gla_jax.data.pipeline import open_tokenizer
 from gla_jax.hardware import GIB, find_device
 from gla_jax.models import abstract_model, bind
 from gla_jax.parallel.mesh import check_batch, make_mesh, resolve_sizes
-from gla_jax.parallel.program import read_collectives, read_kernels, read_memory, summarize
+from gla_jax.parallel.program import Memory, read_collectives, read_kernels, read_memory, summarize
 from gla_jax.parallel.sharding import axis_size, named_sharding
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import abstract_state
@@ -105,24 +106,30 @@ def make_plan(
         say(f"Compiling for {mesh.size} x {stands_for or kind}, {rows} rows per device; it may take minutes.")
         start = time.perf_counter()
         step: Any = make_train_step(config, graphdef, optimizer)
-        lowered = step.trace(state, batch).lower()
+        lowered = step.lower(state, batch)
+        programs = lowered if isinstance(lowered, tuple) else (lowered,)
+        kept = [leaf for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host"]
         sizes = {
             "parameters": _bytes_per_device(state.params),
-            "optimizer": _bytes_per_device((state.opt_state, state.ema)),
+            "optimizer": _bytes_per_device((state.opt_state, state.ema)) - _bytes_per_device(kept),
         }
         arguments = sum(sizes.values()) + _bytes_per_device((batch, state.carried))
         refuse = functools.partial(_refuse, config, dict(mesh.shape), rows, stands_for or kind, arguments)
         try:
-            compiled = lowered.compile(compiler_options=_compiler_options(kind, fast))
+            compiled = [each.compile(compiler_options=_compiler_options(kind, fast)) for each in programs]
         except jax.errors.JaxRuntimeError as error:
             needed = _needed(str(error), arguments)
             if needed is None or device is None:
                 raise
             raise refuse(needed, device.memory) from None
         seconds = time.perf_counter() - start
-        memory, text = read_memory(compiled), compiled.as_text()
-        if device is not None and memory.peak > device.memory:
-            raise refuse(memory.peak, device.memory)
+        memory = _add_up([read_memory(each) for each in compiled], sizes, _bytes_per_device(kept))
+        collectives = [found for each in compiled for found in read_collectives(each.as_text())]
+        kernels: collections.Counter[str] = collections.Counter()
+        for each in compiled:
+            kernels.update(read_kernels(each.as_text()))
+        if device is not None and memory["peak"] > device.memory:
+            raise refuse(memory["peak"], device.memory)
         tokens = config.data.batch_size * config.data.sequence_length
         flops = 3 * bind(graphdef, params).flops_per_token(config.data.sequence_length) * tokens
     return Plan(
@@ -137,17 +144,9 @@ def make_plan(
         rows_per_device=rows,
         flops=flops,
         seconds_at_peak=None if device is None else flops / mesh.size / device.flops,
-        memory=sizes
-        | {
-            "batch": memory.arguments - sum(sizes.values()),
-            "temporary": memory.temporary,
-            "program": memory.code,
-            "peak": memory.peak,
-            "host": memory.host,
-        }
-        | ({} if device is None else {"available": device.memory}),
-        collectives=summarize(read_collectives(text)),
-        kernels=read_kernels(text),
+        memory=memory | ({} if device is None else {"available": device.memory}),
+        collectives=summarize(collectives),
+        kernels=dict(kernels),
         effort="fast" if fast else "full",
         compile_seconds=seconds,
         versions=_versions(kind),
@@ -252,6 +251,26 @@ def _compiler_options(kind: str, fast: bool) -> dict[str, Any] | None:
 
 def _bytes_per_device(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _add_up(programs: Sequence[Memory], sizes: dict[str, int], kept: int) -> dict[str, int]:
+    """Return what a step of one program needs, or one of two, of which the second uses what is kept by the host.
+
+    Args:
+        programs: one or two.
+        sizes: bytes of parameters and optimizer on a device.
+        kept: bytes in the host's memory, which simulated CPUs count as their own.
+    """
+    first, last = programs[0], programs[-1]
+    if len(programs) == 1:
+        batch, peak, code, host = first.arguments - sum(sizes.values()), first.peak, first.code, first.host
+    else:
+        batch, host = first.arguments - sizes["parameters"], max(first.host, kept)
+        while_differentiating = first.peak + last.code + sizes["optimizer"]
+        while_updating = last.peak + first.code + batch - (0 if last.host else kept)
+        peak, code = max(while_differentiating, while_updating), first.code + last.code
+    temporary = peak - code - batch - sum(sizes.values())
+    return sizes | {"batch": batch, "temporary": temporary, "program": code, "peak": peak, "host": host}
 
 
 def _needed(error: str, arguments: int) -> int | None:

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from gla_jax.config import Config
 from gla_jax.models import LanguageModel, init_params
 from gla_jax.models.language_model import make_room
+from gla_jax.parallel.sharding import describe_on_host, to_host
 
 Params = dict[str, Any]
 
@@ -52,10 +53,11 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
 
     def around(params: Params) -> TrainState:
         in_float32 = to_float32(params)
+        moments = optimizer.init(in_float32)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(in_float32),
+            opt_state=to_host(moments) if config.optimizer.offload else moments,
             rng=jax.random.key_data(run_key),
             ema=in_float32 if config.optimizer.ema_decay else None,
             carried=_init_carried(config) if config.data.segments > 1 else None,
@@ -74,7 +76,10 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, abst
     """
     state = jax.eval_shape(lambda params: init_state(config, optimizer, params), abstract_params)
     place = lambda leaf: NamedSharding(jax.sharding.get_mesh(), jax.typeof(leaf).sharding.spec)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state)
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf)), state)
+    if config.optimizer.offload:
+        state = dataclasses.replace(state, opt_state=describe_on_host(state.opt_state))
+    return state
 
 
 def _init_carried(config: Config) -> Any:

@@ -1,17 +1,19 @@
 """One update of the parameters: loss, gradients, optimiser."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from gla_jax.config import Config
 from gla_jax.data import mqar
 from gla_jax.models import bind
 from gla_jax.models.language_model import make_room
-from gla_jax.parallel.sharding import shard
+from gla_jax.parallel.sharding import shard, to_device, to_host
 from gla_jax.training.loss import cross_entropy
 from gla_jax.training.optimizer import make_schedule
 from gla_jax.training.spikes import SpikeState
@@ -67,23 +69,25 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
         gradient, (sums, carried) = jax.grad(total_loss, has_aux=True)(params, batch, carried)
         return to_float32(gradient), sums, carried
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def accumulate(params: Params, batch: Batch, carried: Any) -> tuple[Params, Metrics, Any]:
         # Sums over tokens, divided once at the end, weigh every token alike, whichever microbatch it came in.
         if config.optimizer.accumulation_steps == 1:
-            gradient, sums, carried = total_gradient(state.params, batch, state.carried)
-        else:
-            microbatches = split_rows(batch, config.optimizer.accumulation_steps)
-            zeros = jax.tree.map(
-                jnp.zeros_like, jax.eval_shape(total_gradient, state.params, jax.tree.map(lambda x: x[0], microbatches))
-            )
-            add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(state.params, batch)), None)
-            (gradient, sums, carried), _ = jax.lax.scan(add, zeros, microbatches)
+            return total_gradient(params, batch, carried)
+        microbatches = split_rows(batch, config.optimizer.accumulation_steps)
+        zeros = jax.tree.map(
+            jnp.zeros_like, jax.eval_shape(total_gradient, params, jax.tree.map(lambda x: x[0], microbatches))
+        )
+        add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(params, batch)), None)
+        return jax.lax.scan(add, zeros, microbatches)[0]
+
+    def update(state: TrainState, gradient: Params, sums: Metrics, carried: Any) -> tuple[TrainState, Metrics]:
         tokens = jnp.maximum(sums["weight"], 1)
         with jax.named_scope("optimizer"):
             gradient = jax.tree.map(lambda x: x / tokens, gradient)
             loss, grad_norm = sums["nll"] / tokens, optax.tree.norm(gradient)
             told = {"loss": loss, "grad_norm": grad_norm}
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **told)
+            opt_state = to_device(state.opt_state) if config.optimizer.offload else state.opt_state
+            updates, opt_state = optimizer.update(gradient, opt_state, state.params, **told)
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
@@ -94,9 +98,37 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             metrics["spikes"] = opt_state.spikes.astype(jnp.float32)
         if config.optimizer.z_loss:
             metrics["z_loss"] = sums["z_loss"] / tokens
+        if config.optimizer.offload:
+            opt_state = to_host(opt_state)
         return TrainState(state.step + 1, params, opt_state, state.rng, ema, carried), metrics
 
+    if config.optimizer.offload:
+        return _TwoPrograms(jax.jit(accumulate, donate_argnums=2), jax.jit(update, donate_argnums=0))
+    train_step = lambda state, batch: update(state, *accumulate(state.params, batch, state.carried))
     return jax.jit(train_step, donate_argnums=0)
+
+
+class _TwoPrograms:
+    """A step whose second program begins when the first has ended, and only then moves the moments to the device.
+
+    In one program XLA moves them at the start, whatever depends on what, and nothing is gained.
+    """
+
+    def __init__(self, accumulate: Any, update: Any):
+        self._accumulate, self._update = accumulate, update
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        results = self._accumulate(state.params, batch, state.carried)
+        return self._update(dataclasses.replace(state, carried=None), *results)
+
+    def lower(self, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+        """Return both programs, lowered for such arguments."""
+        first = self._accumulate.trace(state.params, batch, state.carried)
+        place = lambda leaf: NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+        describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
+        results = jax.tree.map(describe, first.out_info)
+        second = self._update.trace(dataclasses.replace(state, carried=None), *results)
+        return first.lower(), second.lower()
 
 
 def make_eval_step(graphdef: Any, *, most_scored: int | None = None) -> Callable[[Params, Batch], Metrics]:

@@ -66,7 +66,8 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
     if not data.eval_tokens:
         raise ConfigError(f"data.held_out={config.data.held_out} leaves nothing to evaluate; try 0.05.")
     vocab_size = config.model.vocab_size or data.vocab_size
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    config = dataclasses.replace(config, model=model, optimizer=dataclasses.replace(config.optimizer, offload=False))
     run_steps, evaluate = make_steps(config)
     rates = jnp.asarray(learning_rates, jnp.float32)
     states, batches = stack_states(config, len(rates)), data.train_batches()

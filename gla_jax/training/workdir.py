@@ -15,7 +15,7 @@ from gla_jax.storage import GrowingFile, is_remote, open_path, replace_text
 FREE_FIELDS = re.compile(
     r"steps|init_from|(log|eval|checkpoint|mesh|profile|sample)\..*|data\.prefetch"
     # These change how a step is computed, and its result by no more than rounding.
-    r"|model\.remat|optimizer\.accumulation_steps|model\.mixers\.\w+\.(implementation|chunk_size)"
+    r"|model\.remat|optimizer\.(accumulation_steps|offload)|model\.mixers\.\w+\.(implementation|chunk_size)"
 )
 """Fields that may change when a run is resumed."""
 
