@@ -104,7 +104,7 @@ def flags_of(file):
 def files(text):
     """Check names of files of this repository, wherever they stand."""
     for name in re.findall(
-        r"\b((?:configs|benchmarks|tests|notebooks|gla_jax|pallas_kernels)/[\w./]*\w\.(?:py|json|ipynb))", text
+        r"\b((?:configs|benchmarks|tests|notebooks|gla_jax|pallas_kernels)/[\w./]*\w\.(?:py|jsonl?|ipynb))", text
     ):
         if not (ROOT / name).exists():
             yield f"there is no {name}"
