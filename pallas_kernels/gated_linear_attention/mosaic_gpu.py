@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_linear_attention.block_sizes import gpu_value_tile
-from pallas_kernels.gated_linear_attention.mosaic_gpu_backward import backward_inputs, backward_state, backward_sweep
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import backward_inputs
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_state import backward_state
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import backward_sweep
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
 from pallas_kernels.target import target
@@ -49,7 +51,7 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     (batch, time, _, key_dim), value_dim = query.shape, value.shape[-1]
     keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
     # The copy engine wants whole groups of 8 tokens and a chunk at least; the interpreter's stays inside the array.
-    tail = -time % (CHUNK if interpret or time < CHUNK else 8)
+    tail = -time % (2 * CHUNK if interpret else CHUNK if time < CHUNK else 8)
     decay = _decay(log_decay, segment_ids, (batch, time, keys), tail)
     pad = lambda x, width: jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, width - x.shape[-1])))
     if initial_state is not None:
@@ -70,7 +72,7 @@ def _decay(log_decay, segment_ids, shape, tail):
         log_decay = jnp.where(starts[..., None, None], jnp.asarray(LEAST_LOG_DECAY, log_decay.dtype), log_decay)
     rows, times, heads, channels = log_decay.shape
     if times == 1:  # beyond the end of a row nothing may decay
-        times = CHUNK if time % CHUNK == 0 or constant else time
+        times = CHUNK if time % (2 * CHUNK) == 0 or constant else time
     log_decay = jnp.broadcast_to(log_decay, (rows, times, heads, SLAB if channels == 1 else channels))
     beyond, wider = tail if times == time else 0, 0 if channels == 1 else keys - channels
     return jnp.pad(log_decay, ((0, 0), (0, beyond), (0, 0), (0, wider)))
@@ -123,7 +125,7 @@ def _attention_backward(scale, gated, interpret, residuals, gradients):
         states, exact, scores = saved
         common_state = {**common, "value_tile": _tile(query, value)}
         du, dv, d_initial = backward_state(query, key, terms, d_out, exact, scores, d_final, **common_state)
-        dq, dk, dg = backward_inputs(query, key, value, terms, d_out, states, du, exact, **common)
+        dq, dk, dg = backward_inputs(query, key, value, terms, d_out, states, du, exact, at_edges=False, **common)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial
 

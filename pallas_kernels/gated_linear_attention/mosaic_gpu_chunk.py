@@ -260,8 +260,8 @@ def exact_scores(tables, first, tiles, slabs, scale, buffers):
 def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, product=None):
     """Return one side of the gradient of the scores by levels, d q or d k, and its product with q_l or k_l.
 
-    The products of the two sides cancel in the gradient of g but for rounding: both multiply the rounded operands. Those
-    of the diagonal cancel whole, and are left out: where gates are strong, what is left of the others is far smaller.
+    The products of the two sides cancel in the gradient of g but for rounding: both multiply the rounded operands.
+    Those of the diagonal cancel whole, and are left out: where gates are strong, all else is far smaller.
 
     Args:
         tables: LEVEL_TABLES in global memory.

@@ -59,8 +59,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
 
     Returns:
         out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, then if asked for:
-        states R [B, H, N, K, V] bfloat16, exact [B, H, N] int32, scores [B, H, N, C, C] bfloat16 (with
-        "states", those of bounded chunks are not written).
+        states R [B, H, N, K, V] bfloat16 (with "scores", of even chunks only), exact [B, H, N] int32,
+        scores [B, H, N, C, C] bfloat16 (with "states", those of bounded chunks are not written).
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
@@ -71,9 +71,10 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
     lag = 1 if stages >= 2 * slabs else 0  # a chunk is judged once the next one is on its way, if there is room for it
 
     out_type = [result((batch, time, heads, value_dim), BF16, q), result((batch, heads, key_dim, value_dim), F32, q)]
+    every = 2 if save == "scores" else 1  # which chunks' states are saved
     if save is not None:
         out_type += [
-            result((batch, heads, chunks, key_dim, value_dim), BF16, q),
+            result((batch, heads, pl.cdiv(chunks, every), key_dim, value_dim), BF16, q),
             result((batch, heads, chunks), jnp.int32, q),
             result((batch, heads, chunks, CHUNK, CHUNK), BF16, q),
         ]
@@ -302,7 +303,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(r_ready)
                 if states_ref is not None:
-                    plgpu.copy_smem_to_gmem(r_s, states_ref.at[row, head, n, :, columns])
+                    target = states_ref.at[row, head, lax.div(n, every), :, columns]
+                    pl.when(lax.rem(n, every) == 0)(lambda: plgpu.copy_smem_to_gmem(r_s, target))
                     exact_ref[row, head, n] = jnp.int32(0) if exact is None else exact.astype(jnp.int32)
                 plgpu.barrier_wait(v_full.at[v_slot])
                 for s in range(slabs):

@@ -16,7 +16,7 @@ CASES = {
     "bounded": (1, 128, 1, 1, 64, 64, "bfloat16", ""),
     "no gate, tail": (1, 70, 1, 1, 32, 48, "none", ""),
     "resets and -inf": (1, 128, 1, 1, 64, 64, "strong", "initial segments"),
-    "scalar float32, shared heads": (1, 64, 2, 1, 64, 64, "scalar", "initial"),
+    "scalar float32, shared heads": (1, 128, 2, 1, 64, 64, "scalar", "initial"),
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
 }
 QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
