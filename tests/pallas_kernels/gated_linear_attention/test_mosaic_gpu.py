@@ -198,6 +198,8 @@ ON_A_GPU = {
     "odd sizes": (1, 100, 2, 1, 96, 80, "scalar", "initial"),
     "no gate": (1, 130, 1, 1, 32, 48, "none", ""),
     "short": (2, 40, 1, 1, 64, 64, "bfloat16", ""),
+    "one chunk, wide": (1, 64, 1, 1, 128, 64, "bfloat16", "initial"),
+    "odd chunks, wide": (1, 192, 1, 1, 128, 128, "scalar", "initial"),
 }
 
 
