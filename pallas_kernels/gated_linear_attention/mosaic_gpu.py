@@ -50,8 +50,8 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     """Compute the op on a Hopper GPU; see `api.py`."""
     (batch, time, _, key_dim), value_dim = query.shape, value.shape[-1]
     keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
-    # The copy engine wants whole groups of 8 tokens, the backward pass more than one chunk (`decay_source` would take the
-    # gate of a single one for constant); the interpreter's copies stay inside the array.
+    # The copy engine wants whole groups of 8 tokens; the backward pass more than one chunk, whose gate `decay_source`
+    # would take for constant; the interpreter whole pairs of chunks.
     tail = -time % (2 * CHUNK if interpret or time <= CHUNK else 8)
     decay = _decay(log_decay, segment_ids, (batch, time, keys), tail)
     pad = lambda x, width: jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, width - x.shape[-1])))
