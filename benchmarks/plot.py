@@ -17,6 +17,13 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot
 
+XLABELS = {
+    "shape": "rows x tokens of a step",
+    "length": "tokens of a row",
+    "context": "tokens read before",
+}
+"""By the field of a row that it is drawn over."""
+
 Lines = dict[str, list[tuple[str, float]]]
 
 
@@ -56,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, points in lines.items():
             axis.plot([ticks.index(x) for x, _ in points], [y for _, y in points], marker="o", label=name)
         axis.set_xticks(range(len(ticks)), ticks)
+        axis.set_xlabel(XLABELS[next(name for name in XLABELS if name in report["rows"][0])])
         axis.set_yscale("log" if title.startswith(("decoding", "forward")) else "linear")
         axis.set_title(f"{title} ({report['device']})", fontsize=10)
         axis.grid(alpha=0.3)
