@@ -61,6 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method, path, query, body):
         objects = self.server.objects
+        if "/b/" in path and not path.partition("/b/")[2].startswith("bucket"):
+            return 404, {}, {"error": {"code": 404, "message": "The specified bucket does not exist."}}
         if path.startswith("/batch/"):
             return self._batch(body)
         if "upload_id" in query:

@@ -103,6 +103,11 @@ def test_starting_from_a_run_in_a_bucket(bucket, tmp_path, capsys):
     assert f"Starting with the parameters of {bucket}/runs/three at step 1." in capsys.readouterr().out
 
 
+def test_a_bucket_that_cannot_be_written_is_refused_in_a_sentence(bucket):
+    with pytest.raises(ConfigError, match=r"--workdir=gs://elsewhere/run cannot be written: \w+"):
+        train("gs://elsewhere/run")
+
+
 def test_lines_reach_a_bucket_in_time(bucket, monkeypatch):
     path = open_path(f"{bucket}/lines.txt")
     path.write_text("before\n")

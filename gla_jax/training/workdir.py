@@ -45,7 +45,14 @@ class Workdir:
         self._lock: TextIO | None = None
 
     def __enter__(self) -> Self:
-        if self._primary and not is_remote(self.path):
+        if self._primary and is_remote(self.path):
+            try:
+                (self.path / ".writable").write_text("")
+                (self.path / ".writable").unlink()
+            except Exception as error:  # of a library of Google's, or of gcsfs, or of what they connect by
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ConfigError(f"--workdir={self.path} cannot be written: {reason}") from None
+        elif self._primary:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = open(self.path / ".lock", "w")
