@@ -16,7 +16,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import back
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
 from pallas_kernels.gated_linear_attention.mosaic_gpu_fused import forward as narrow_forward
-from pallas_kernels.gated_linear_attention.mosaic_gpu_wide import wide_backward, wide_forward
 from pallas_kernels.target import target
 
 _MOST_CHUNKS = 65_535  # a grid's second and third axis
@@ -104,42 +103,35 @@ def _forward(query):
     return narrow_forward if query.shape[-1] <= 2 * SLAB else forward
 
 
-def _wide(query):
-    """Return whether a head's state is too wide for one thread block."""
-    return query.shape[-1] > 2 * SLAB
-
-
 def _attention(query, key, value, decay, initial_state, scale, gated, interpret):
-    """Run the forward pass; `gated` is False where nobody asks for the gradient of the decay."""
-    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        return wide_forward(*arrays, **options)
-    return tuple(forward(*arrays, value_tile=_tile(query, value), **options))
+    """Run the forward kernel; `gated` is False where nobody asks for the gradient of the decay."""
+    sizes = {"value_tile": _tile(query, value), "interpret": interpret}
+    return tuple(_forward(query)(query, key, value, _terms(decay), initial_state, scale=scale, **sizes))
 
 
 def _attention_forward(query, key, value, decay, initial_state, scale, gated, interpret):
-    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        out, final_state, *saved = wide_forward(*arrays, save=True, **options)
-    else:
-        save = "states" if _sweeps(query, value, decay) else "scores"
-        out, final_state, *saved = forward(*arrays, value_tile=_tile(query, value), save=save, **options)
+    sweeps = _sweeps(query, value, decay)
+    out, final_state, *saved = _forward(query)(
+        query, key, value, _terms(decay), initial_state, scale=scale, value_tile=_tile(query, value),
+        save="states" if sweeps else "scores", interpret=interpret,
+    )  # fmt: skip
     return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
 
 
 def _attention_backward(scale, gated, interpret, residuals, gradients):
     query, key, value, decay, initial_state, saved = residuals  # of the initial state: whether there was one
     d_out, d_final = gradients
-    arrays, options = (query, key, value, _terms(decay), d_out), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
-    elif _sweeps(query, value, decay):
-        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, *saved, d_final, **options)
+    terms = _terms(decay)
+    common = {"scale": scale, "interpret": interpret}
+    if _sweeps(query, value, decay):
+        states, exact, scores = saved
+        arrays = (query, key, value, terms, d_out, states, exact, scores, d_final)
+        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, **common)
     else:
         states, exact, scores = saved
-        of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
-        du, dv, d_initial = backward_state(*of_state, value_tile=_tile(query, value), **options)
-        dq, dk, dg = backward_inputs(*arrays, states, du, exact, at_edges=False, **options)
+        common_state = {**common, "value_tile": _tile(query, value)}
+        du, dv, d_initial = backward_state(query, key, terms, d_out, exact, scores, d_final, **common_state)
+        dq, dk, dg = backward_inputs(query, key, value, terms, d_out, states, du, exact, at_edges=False, **common)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial
 
