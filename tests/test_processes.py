@@ -16,7 +16,7 @@ DEVICES = 4
 PATIENCE = 150
 """Seconds within which the rest must end when one is killed: those of `join_cluster`, and some to end in, on a machine
 that others may keep busy."""
-TRIES = 4
+TRIES = 10
 TOO_LATE = "Gloo context initialization failed"
 """What the exchange between CPUs says when a process meets the others more than 30 s late, as happens where processes
 have to share a core: nothing is wrong then, and the same command goes on."""
@@ -135,8 +135,9 @@ def test_a_run_that_loses_processes_is_the_run_that_did_not(
             assert process.returncode != 0
             if index != victim:
                 assert "another task died" in said[index][1], said[index][1]
-        # Process 0 keeps the list of those that live; without it the rest know only that it is gone.
-        assert victim == 0 or f"stopped sending heartbeats):\n{victim}\n" in said[0][1]
+        # Process 0 keeps the list of those that live, and names who is gone if an exchange has not broken off before.
+        named, broken = f"stopped sending heartbeats):\n{victim}\n", "If this is about a connection"
+        assert victim == 0 or named in said[0][1] or broken in said[0][1], said[0][1]
     complete(lambda: start(command, workdir, count))
     for name in ("metrics.jsonl", "samples.txt"):
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
