@@ -18,6 +18,8 @@ CASES = {
     "resets and -inf": (1, 128, 1, 1, 64, 64, "strong", "initial segments"),
     "scalar float32, shared heads": (1, 128, 2, 1, 64, 64, "scalar", "initial"),
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
+    "constant": (1, 128, 1, 1, 64, 64, "constant", ""),
+    "constant, wide": (1, 64, 1, 1, 64, 128, "constant scalar", "initial"),
 }
 QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
 
@@ -71,6 +73,8 @@ def inputs(batch, time, heads, kv_heads, key_dim, value_dim, gate, more, seed=0)
     if "strong" in gate:
         log_decay = np.where(random.random(log_decay.shape) < 0.01, -np.inf, 20 * log_decay)
         log_decay = np.where(random.random(log_decay.shape) < 0.01, -1e4, log_decay)
+    if "constant" in gate:  # where the gradient of the gate is a small difference of large products
+        log_decay = np.full(log_decay.shape, -7.0)
     dtype = jnp.float32 if "float32" in gate or "scalar" in gate else jnp.bfloat16
     return (
         bfloat16(batch, time, heads, key_dim),
@@ -148,7 +152,7 @@ def test_lowers_for_cuda(shape):
 
 
 def test_recomputed_layers_run_no_kernel_for_nothing():
-    """A scan over layers under `jax.checkpoint`: a forward that saves nothing, then one that saves, and the backward."""
+    """A scan over layers under `jax.checkpoint`: a forward that saves nothing, one that saves, and the backward."""
     like = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
     op = lambda *x: mosaic_gpu.gated_linear_attention(*x, None, None, scale=1.0, chunk_size=None, interpret=False)[0]
 
@@ -198,6 +202,7 @@ ON_A_GPU = {
     "odd sizes": (1, 100, 2, 1, 96, 80, "scalar", "initial"),
     "no gate": (1, 130, 1, 1, 32, 48, "none", ""),
     "short": (2, 40, 1, 1, 64, 64, "bfloat16", ""),
+    "constant": (1, 320, 1, 1, 128, 128, "constant", ""),
     "one chunk, wide": (1, 64, 1, 1, 128, 64, "bfloat16", "initial"),
     "odd chunks, wide": (1, 192, 1, 1, 128, 128, "scalar", "initial"),
 }
