@@ -15,7 +15,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_state import back
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import backward_sweep
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
-from pallas_kernels.gated_linear_attention.mosaic_gpu_fused import forward as narrow_forward
+from pallas_kernels.gated_linear_attention.mosaic_gpu_wide import wide_backward, wide_forward
 from pallas_kernels.target import target
 
 _MOST_CHUNKS = 65_535  # a grid's second and third axis
@@ -31,8 +31,6 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
         return f"log_decay is {log_decay.dtype}; the kernels take bfloat16 or float32."
     if key_dim > 256 or value_dim > 512:
         return f"the head sizes are {key_dim} and {value_dim}; the kernels take at most 256 and 512."
-    if log_decay is not None and log_decay.dtype == jnp.float32 and key_dim > 128:
-        return f"log_decay is float32 with {key_dim} key channels; beyond 128 shared memory holds a bfloat16 gate only."
     if chunk_size not in (None, CHUNK):
         return f"chunk_size is {chunk_size}; the kernels walk chunks of {CHUNK}."
     if query.shape[1] > _MOST_CHUNKS * CHUNK:
@@ -99,39 +97,43 @@ def _sweeps(query, value, decay):
     return query.shape[-1] == value.shape[-1] == SLAB and decay.dtype == jnp.bfloat16
 
 
-def _forward(query):
-    return narrow_forward if query.shape[-1] <= 2 * SLAB else forward
+def _wide(query):
+    """Return whether a head's state is too wide for one thread block."""
+    return query.shape[-1] > 2 * SLAB
 
 
 def _attention(query, key, value, decay, initial_state, scale, gated, interpret):
-    """Run the forward kernel; `gated` is False where nobody asks for the gradient of the decay."""
-    sizes = {"value_tile": _tile(query, value), "interpret": interpret}
-    return tuple(_forward(query)(query, key, value, _terms(decay), initial_state, scale=scale, **sizes))
+    """Run the forward pass; `gated` is False where nobody asks for the gradient of the decay."""
+    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
+    if _wide(query):
+        return wide_forward(*arrays, **options)
+    return tuple(forward(*arrays, value_tile=_tile(query, value), **options))
 
 
 def _attention_forward(query, key, value, decay, initial_state, scale, gated, interpret):
-    sweeps = _sweeps(query, value, decay)
-    out, final_state, *saved = _forward(query)(
-        query, key, value, _terms(decay), initial_state, scale=scale, value_tile=_tile(query, value),
-        save="states" if sweeps else "scores", interpret=interpret,
-    )  # fmt: skip
+    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
+    if _wide(query):
+        out, final_state, *saved = wide_forward(*arrays, save=True, **options)
+    else:
+        save = "states" if _sweeps(query, value, decay) else "scores"
+        out, final_state, *saved = forward(*arrays, value_tile=_tile(query, value), save=save, **options)
     return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
 
 
 def _attention_backward(scale, gated, interpret, residuals, gradients):
     query, key, value, decay, initial_state, saved = residuals  # of the initial state: whether there was one
     d_out, d_final = gradients
-    terms = _terms(decay)
-    common = {"scale": scale, "interpret": interpret}
-    if _sweeps(query, value, decay):
+    arrays, options = (query, key, value, _terms(decay), d_out), {"scale": scale, "interpret": interpret}
+    if _wide(query):
+        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
+    elif _sweeps(query, value, decay):
         states, exact, scores = saved
-        arrays = (query, key, value, terms, d_out, states, exact, scores, d_final)
-        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, **common)
+        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, **options)
     else:
         states, exact, scores = saved
-        common_state = {**common, "value_tile": _tile(query, value)}
-        du, dv, d_initial = backward_state(query, key, terms, d_out, exact, scores, d_final, **common_state)
-        dq, dk, dg = backward_inputs(query, key, value, terms, d_out, states, du, exact, at_edges=False, **common)
+        of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
+        du, dv, d_initial = backward_state(*of_state, value_tile=_tile(query, value), **options)
+        dq, dk, dg = backward_inputs(*arrays, states, du, exact, at_edges=False, **options)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial
 

@@ -1,12 +1,14 @@
-"""The forward kernel on Hopper: one pass over a row, the state in registers.
+"""The forward kernel on Hopper for heads of at most 128 key channels: one pass over a row, the state in registers.
 
-One thread block per (batch row, head, tile of value columns) walks the chunks. Warpgroup 0 makes the gated tiles, the
-scores A and the output; warpgroup 1 holds the state in float32 registers; warpgroup 2 drives the copy engine. What must
-move moves once: q, k, v, g in, out and the final state out, and where a gradient will follow what it needs of every
-chunk: R in bfloat16, whether the chunk is exact, and A. See `mosaic_gpu_chunk` for the algebra and its letters.
+One thread block per (batch row, head, tile of value columns) walks the chunks. One of its warpgroups drives the copy
+engine, one makes the gated tiles and the scores, and one for each 64 value columns holds its part of the state,
+transposed, in float32 registers. There it is the left operand of
+
+    o^T = R^T q'^T + v^T A^T,   U^T = R^T + v^T k'
+
+as it stands, and never passes through shared memory. What must move moves once: q, k, v, g in, out and the final state
+out, and where a gradient will follow what it needs of the chunks. `mosaic_gpu_chunk` has the algebra and its letters.
 """
-
-import functools
 
 import jax.numpy as jnp
 from jax import lax
@@ -17,15 +19,15 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     AFTER,
     BF16,
     CHUNK,
+    COL,
     F32,
+    MIDDLE,
     ROW,
     SHIFTED,
     SLAB,
     UP_TO_HERE,
     WGMMA,
-    along_rows,
     barrier,
-    choose,
     clamp_log_decay,
     constants,
     decay_source,
@@ -36,19 +38,20 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     matmul,
     result,
     tile,
-    unless,
-    when,
     zeros,
 )
 
-SHARED_MEMORY = 232_448  # bytes a thread block can have
+VALUES = 64  # value columns of a warpgroup
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+# Registers a thread of the producer, the gates and the values has, by the number of warpgroups with values.
+REGISTERS = {1: (24, 240, 240), 2: (24, 168, 160)}
 
 
 def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpret=False):
     """Run the forward kernel.
 
     Args:
-        q: [B, T, H, K] bfloat16, K a multiple of 64.
+        q: [B, T, H, K] bfloat16, K 64 or 128.
         k: [B, T, H_kv, K], v: [B, T, H_kv, V] bfloat16, V a multiple of value_tile.
         g: one or two terms [B or 1, T or C, any heads, K or 64] bfloat16 that sum to the log decay; see `decay_source`.
         initial_state: [B, H, K, V] float32 or None.
@@ -65,13 +68,12 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
     chunks, slabs = pl.cdiv(time, CHUNK), key_dim // SLAB
-    fixed = 2 * CHUNK * (3 * value_tile + key_dim + 3 * SLAB) + 2 * key_dim * value_tile + 4096  # the other buffers
-    stages = min(4, (SHARED_MEMORY - fixed) // (2 * CHUNK * SLAB * (2 + terms)))
-    assert stages >= slabs, (stages, slabs)  # an exact chunk keeps all its slabs until the scores are done
-    lag = 1 if stages >= 2 * slabs else 0  # a chunk is judged once the next one is on its way, if there is room for it
+    if terms * slabs == 4 and save is not None:
+        value_tile = VALUES  # two terms of the gate and states on their way out fill shared memory
+    warpgroups = value_tile // VALUES
+    every = 2 if save == "scores" else 1  # which chunks' states are saved
 
     out_type = [result((batch, time, heads, value_dim), BF16, q), result((batch, heads, key_dim, value_dim), F32, q)]
-    every = 2 if save == "scores" else 1  # which chunks' states are saved
     if save is not None:
         out_type += [
             result((batch, heads, pl.cdiv(chunks, every), key_dim, value_dim), BF16, q),
@@ -87,244 +89,227 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         (initial_ref,) = take(1) if initial_state is not None else (None,)
         out_ref, final_ref = take(2)
         states_ref, exact_ref, scores_ref = take(3 if save is not None else 0) or [None] * 3
-        q_s, k_s, g_s, v_s, gated_k_s, r_s, out_s, q_level_s, k_level_s, shift_s, select_s, exact_s = take(12)
-        full, free, v_full, v_free, k_ready, k_free, exact_ready, r_ready, r_free = take(9)
-        shift_ready, select_ready, done, *staging = refs
-        scores_s = q_level_s  # free whenever the scores are done
+        q_s, k_s, g_s, v_s, a_s, out_s, shift_s, level_s, select_s, factors_s, exact_s = take(11)
+        state_tiles = take(1 if save is not None else 0)
+        full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, fetched, done, *staging = refs
 
-        value_index, head, row = lax.axis_index("v"), lax.axis_index("h"), lax.axis_index("b")
+        block, head, row = (lax.axis_index(axis) for axis in "vhb")
         warpgroup = lax.axis_index("warpgroup")
         kv_head = lax.div(head, group)
-        columns = pl.ds(value_index * value_tile, value_tile)
-        slot = lambda n, s: lax.rem(n * slabs + s, stages)
-        g_tiles = lambda n, s: [g_s.at[slot(n, s), t] for t in range(terms)]
+        tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
+        slab = lambda s: pl.ds(s * SLAB if isinstance(s, int) else pl.multiple_of(s * SLAB, SLAB), SLAB)
+        columns = lambda w: pl.ds((block * warpgroups + w) * VALUES, VALUES)
 
-        def matmul_registers(accumulator, a, b):
-            """Accumulate a @ b with a in registers, which the interpreter wants in shared memory."""
-            if interpret:
-                staging[0][...] = a
-                plgpu.commit_smem()
-                plgpu.wgmma(accumulator, staging[0], b)
-                plgpu.wgmma_wait(0)
-            else:
-                plgpu.wgmma(accumulator, a, b)
-
-        halves = lambda n, s: matmul(*((term.T, select_s.T) for term in g_tiles(n, s)), shape=(SLAB, 8))
-        exponents = lambda w, n, s: matmul(*((w, term) for term in g_tiles(n, s)))
-
-        def walk(chunk, carry):
-            """Walk the chunks: by the lean code until one is exact, from there on by the code for both kinds."""
-
-            def judged(n):
-                plgpu.barrier_wait(exact_ready.at[lax.rem(n, 4)])
-                return exact_s[lax.rem(n, 4)]
-
-            def lean(loop):
-                n, _, carry = loop
-                carry = chunk(n, carry, None)
-                return n + 1, lax.cond(n + 1 < chunks, lambda: judged(n + 1), lambda: jnp.int32(0)), carry
-
-            def careful(n, carry):
-                carry = chunk(n, carry, exact_s[lax.rem(n, 4)] > 0)
-                pl.when(n + 1 < chunks)(lambda: plgpu.barrier_wait(exact_ready.at[lax.rem(n + 1, 4)]))
-                return carry
-
-            bounded = lambda loop: jnp.logical_and(loop[0] < chunks, loop[1] == 0)
-            n, _, carry = lax.while_loop(bounded, lean, (jnp.int32(0), judged(jnp.int32(0)), carry))
-            return lax.fori_loop(n, chunks, careful, carry)
-
-        @pl.when(warpgroup == 2)
-        def _copies():
+        def set_registers(role):
             if not interpret:
-                plgpu.set_max_registers(40, action="decrease")
-
-            plgpu.copy_gmem_to_smem(select_ref, select_s, select_ready)
-            plgpu.barrier_wait(select_ready)
-
-            def judge(n):
-                """Say whether chunk n is exact."""
-                for s in range(slabs):
-                    plgpu.barrier_wait(full.at[slot(n, s)])
-                exact = exceeds_bound(*(halves(n, s) for s in range(slabs)), interpret=interpret)
-
-                @pl.when(exact)
-                def _():
-                    for s in range(slabs):
-                        clamp_log_decay(g_tiles(n, s))
-
-                exact_s[lax.rem(n, 4)] = exact.astype(jnp.int32)
-                plgpu.barrier_arrive(exact_ready.at[lax.rem(n, 4)])
-
-            def chunk(n, _):
-                tokens, v_slot = pl.ds(n * CHUNK, CHUNK), lax.rem(n, 2)
-                pl.when(n >= 2)(lambda: plgpu.barrier_wait(v_free.at[v_slot]))
-                plgpu.copy_gmem_to_smem(v_ref.at[row, tokens, kv_head, columns], v_s.at[v_slot], v_full.at[v_slot])
-                for s in range(slabs):
-                    i = slot(n, s)
-                    pl.when(n * slabs + s >= stages)(functools.partial(plgpu.barrier_wait, free.at[i]))
-                    channels = pl.ds(s * SLAB, SLAB)
-                    plgpu.copy_gmem_to_smem(q_ref.at[row, tokens, head, channels], q_s.at[i], full.at[i])
-                    plgpu.copy_gmem_to_smem(k_ref.at[row, tokens, kv_head, channels], k_s.at[i], full.at[i])
-                    for t, g_ref in enumerate(g_refs):
-                        source = decay_source(g_ref, row, n, head, heads, s)
-                        plgpu.copy_gmem_to_smem(source, g_s.at[i, t], full.at[i])
-                pl.when(n >= lag)(lambda: judge(n - lag))
-
-            lax.fori_loop(0, chunks, chunk, None)
-            if lag:
-                judge(jnp.int32(chunks - 1))
-            # every completion of a barrier must be seen by whoever waits on it
-            total = chunks * slabs
-            for i in range(total - min(stages, total), total):
-                plgpu.barrier_wait(free.at[i % stages])
-            for i in range(chunks - min(2, chunks), chunks):
-                plgpu.barrier_wait(v_free.at[i % 2])
+                count = REGISTERS[warpgroups][role]
+                plgpu.set_max_registers(count, action="decrease" if role == 0 else "increase")
 
         @pl.when(warpgroup == 0)
-        def _output():
-            if not interpret:
-                plgpu.set_max_registers(232, action="increase")
-            plgpu.copy_gmem_to_smem(triangles_ref.at[SHIFTED], shift_s, shift_ready)
-            plgpu.barrier_wait(shift_ready)
-            iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
-            causal = iota(0) >= iota(1)
+        def _copies():
+            set_registers(0)
 
-            def chunk(n, carry, exact):
-                v_slot = lax.rem(n, 2)
-                unknown_zero = lambda: exact_s[lax.rem(n, 4)] - 1  # in exact chunks; see `exact_scores`
-                gated_q = []
+            def chunk(n, _):
+                p = lax.rem(n, 2)
+                pl.when(n >= 2)(lambda: plgpu.barrier_wait(q_free.at[p]))
                 for s in range(slabs):
-                    i = slot(n, s)
-                    plgpu.barrier_wait(full.at[i])
-                    d = exponents(shift_s, n, s)
-                    q_tile = (load(q_s.at[i]) * (jnp.exp(d) * scale)).astype(BF16)
-                    k_tile = (load(k_s.at[i]) * jnp.exp(-d)).astype(BF16)
-                    unless(exact, functools.partial(plgpu.barrier_arrive, free.at[i]))
-                    pl.when(n >= 1)(functools.partial(plgpu.barrier_wait, k_free.at[s]))
-                    gated_k_s.at[s][...] = k_tile
+                    for t, g_ref in enumerate(g_refs):
+                        source = decay_source(g_ref, row, n, head, heads, s)
+                        plgpu.copy_gmem_to_smem(source, g_s.at[p, s, t], full.at[p])
+                plgpu.copy_gmem_to_smem(q_ref.at[row, tokens(n), head], q_s.at[p], full.at[p])
+                pl.when(n >= 2)(lambda: plgpu.barrier_wait(kv_free.at[p]))
+                plgpu.copy_gmem_to_smem(k_ref.at[row, tokens(n), kv_head], k_s.at[p], full.at[p])
+                for w in range(warpgroups):
+                    source = v_ref.at[row, tokens(n), kv_head, columns(w)]
+                    plgpu.copy_gmem_to_smem(source, v_s.at[p, w], v_full.at[p])
 
-                    def unbounded(s=s, i=i):
-                        at = unknown_zero()
-                        if s == 0:
-                            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last scores lie in a buffer used here
-                        for buffer, index in ((q_level_s, UP_TO_HERE), (k_level_s, AFTER)):
-                            buffer[...] = plgpu.load(triangles_ref.at[index + at], layout=WGMMA, optimized=False)
-                        plgpu.commit_smem()
-                        gated_k_s.at[s][...] = (load(k_s.at[i]) * jnp.exp(exponents(k_level_s, n, s))).astype(BF16)
-                        return (load(q_s.at[i]) * (jnp.exp(exponents(q_level_s, n, s)) * scale)).astype(BF16)
-
-                    gated_q.append(choose(exact, unbounded, lambda q_tile=q_tile: q_tile))
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(k_ready.at[s])
-
-                def scores(accumulator):
-                    for s in range(slabs):
-                        matmul_registers(accumulator, gated_q[s], gated_k_s.at[s].T)
-                    return accumulator[...]
-
-                a = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC((CHUNK, CHUNK), F32)))
-
-                def by_levels():
-                    tiles = lambda s: (q_s.at[slot(n, s)], k_s.at[slot(n, s)], g_tiles(n, s))
-                    buffers = (out_s.at[:, pl.ds(0, CHUNK)], q_level_s, k_level_s)
-                    return exact_scores(tables_ref, unknown_zero(), tiles, slabs, scale, buffers).astype(BF16)
-
-                a = choose(exact, by_levels, lambda: jnp.where(causal, a, 0.0).astype(BF16))
-
-                for s in range(slabs):
-                    when(exact, functools.partial(plgpu.barrier_arrive, free.at[slot(n, s)]))
-                plgpu.barrier_wait(v_full.at[v_slot])
-                plgpu.barrier_wait(r_ready)
-
-                def output(accumulator):
-                    matmul_registers(accumulator, a, v_s.at[v_slot])
-                    for s in range(slabs):
-                        matmul_registers(accumulator, gated_q[s], r_s.at[pl.ds(s * SLAB, SLAB)])
-                    return accumulator[...]
-
-                out = lax.optimization_barrier(pl.run_scoped(output, plgpu.ACC((CHUNK, value_tile), F32)))
-                plgpu.barrier_arrive(r_free)
-                plgpu.barrier_arrive(v_free.at[v_slot])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s[...] = out.astype(BF16)
-                if save == "scores":
-                    scores_s[...] = a
-                elif save == "states":
-                    when(exact, lambda: scores_s.__setitem__(..., a))
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, out_ref.at[row, pl.ds(n * CHUNK, CHUNK), head, columns])
-                write = lambda: plgpu.copy_smem_to_gmem(scores_s, scores_ref.at[row, head, n])
-                if save == "scores":
-                    pl.when(value_index == 0)(write)
-                elif save == "states":
-                    when(exact, lambda: pl.when(value_index == 0)(write))
-                return carry
-
-            walk(chunk, ())
-            for s in range(slabs):
-                plgpu.barrier_wait(k_free.at[s])
-            plgpu.wait_smem_to_gmem(0)
+            lax.fori_loop(0, chunks, chunk, None)
+            # every completion of a barrier must be seen by whoever waits on it
+            for n in range(max(0, chunks - 2), chunks):
+                plgpu.barrier_wait(q_free.at[n % 2])
+                plgpu.barrier_wait(kv_free.at[n % 2])
 
         @pl.when(warpgroup == 1)
-        def _state():
-            if not interpret:
-                plgpu.set_max_registers(232, action="increase")
-            plgpu.barrier_wait(select_ready)
-            rows = lambda s: pl.ds(s * SLAB, SLAB)
-            shape = (SLAB, value_tile)
-            column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
+        def _gates():
+            set_registers(1)
+            plgpu.copy_gmem_to_smem(select_ref, select_s, constants_ready)
+            plgpu.copy_gmem_to_smem(triangles_ref.at[SHIFTED], shift_s, constants_ready)
+            plgpu.barrier_wait(constants_ready)
+            g_tiles = lambda p, s: [g_s.at[p, s, t] for t in range(terms)]
             zero_row = plgpu.layout_cast(jnp.zeros((SLAB,), F32), ROW)
+            column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
+            cell = lambda sums, index: jnp.sum(jnp.where(column == index, sums, 0.0), axis=1)
 
-            def initial(s):
-                if initial_ref is None:
-                    return zeros(shape)
-                return plgpu.load(initial_ref.at[row, head, rows(s), columns], layout=WGMMA, optimized=False)
-
-            def chunk(n, carry, exact):
-                state, pending, v_slot = list(carry[0]), list(carry[1]), lax.rem(n, 2)
-                pl.when(n >= 1)(lambda: plgpu.barrier_wait(r_free))
-                if states_ref is not None:
+            def wait_for_scores(n):
+                pl.when(n >= 1)(lambda: plgpu.barrier_wait(a_free))
+                if save is not None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for s in range(slabs):
-                    plgpu.barrier_wait(full.at[slot(n, s)])
-                    sums = halves(n, s)
-                    plgpu.barrier_arrive(free.at[slot(n, s)])
-                    middle = jnp.sum(jnp.where(column == 0, sums, 0.0), axis=1)
-                    rest = jnp.sum(jnp.where(column == 1, sums, 0.0), axis=1)
-                    before = choose(exact, lambda p, _: p, lambda p, m: p + m, pending[s], middle)
-                    r = state[s] * along_rows(jnp.exp(before), shape)
-                    r_s.at[rows(s)][...] = r.astype(BF16)
-                    state[s], pending[s] = choose(
-                        exact,
-                        lambda r, middle, rest: (r * along_rows(jnp.exp(middle + rest), shape), zero_row),
-                        lambda r, _, rest: (r, rest),
-                        *(r, middle, rest),
-                    )
+
+            def put_scores(n, a, exact):
+                a_s[...] = a.astype(BF16)
                 plgpu.commit_smem()
-                plgpu.barrier_arrive(r_ready)
-                if states_ref is not None:
-                    target = states_ref.at[row, head, lax.div(n, every), :, columns]
-                    pl.when(lax.rem(n, every) == 0)(lambda: plgpu.copy_smem_to_gmem(r_s, target))
-                    exact_ref[row, head, n] = jnp.int32(0) if exact is None else exact.astype(jnp.int32)
-                plgpu.barrier_wait(v_full.at[v_slot])
+                plgpu.barrier_arrive(a_ready)
+                if save is None:
+                    return
+
+                @pl.when(block == 0)
+                def _save_scores():
+                    exact_ref[row, head, n] = jnp.int32(exact)
+                    if save == "scores" or exact:
+                        plgpu.copy_smem_to_gmem(a_s, scores_ref.at[row, head, n])
+
+            def bounded(loop):
+                """Make a chunk; say whether it should not have been made like this."""
+                n, _, pending = loop
+                p = lax.rem(n, 2)
+                plgpu.barrier_wait(full.at[p])
+
+                def products(accumulators):
+                    for s, (sums, d) in enumerate(accumulators):
+                        for term in g_tiles(p, s):
+                            plgpu.wgmma(sums, term.T, select_s.T)
+                            plgpu.wgmma(d, shift_s, term)
+                    return [(sums[...], d[...]) for sums, d in accumulators]
+
+                pair = plgpu.ACC((SLAB, 8), F32), plgpu.ACC((CHUNK, SLAB), F32)
+                made = lax.optimization_barrier(pl.run_scoped(products, [pair] * slabs))
+                after = []
+                for s, (sums, _) in enumerate(made):
+                    factors_s.at[p, 0, slab(s)][...] = jnp.exp(pending[s] + cell(sums, 0))
+                    after.append(cell(sums, 1))
+                exact_s[p] = exceeds_bound(*(sums for sums, _ in made), interpret=interpret).astype(jnp.int32)
+                exact = exact_s[p]
+                d = jnp.concatenate([d for _, d in made], axis=1) if slabs > 1 else made[0][1]
+                q_s.at[p][...] = (load(q_s.at[p]) * (jnp.exp(d) * scale)).astype(BF16)
+                k_s.at[p][...] = (load(k_s.at[p]) * jnp.exp(-d)).astype(BF16)
+                plgpu.commit_smem()
+                pl.when(exact == 0)(lambda: plgpu.barrier_arrive(ready.at[p]))
+
+                a = matmul((q_s.at[p], k_s.at[p].T))
+                w, m = load(shift_s), MIDDLE + 1  # which knows what is causal, and costs no registers to keep
+                left, right = jnp.where(w[:, :m] > -0.5, a[:, :m], 0.0), jnp.where(w[:, m:] > 0.5, a[:, m:], 0.0)
+
+                @pl.when(exact == 0)
+                def _hand_over():
+                    wait_for_scores(n)
+                    put_scores(n, jnp.concatenate([left, right], axis=1), 0)
+
+                after = [jnp.where(exact > 0, old, new) for old, new in zip(pending, after, strict=True)]
+                return jnp.where(exact > 0, n, n + 1), exact, tuple(after)
+
+            def unbounded(n, pending):
+                """Make a chunk again, for any gate."""
+                p = lax.rem(n, 2)
+                zero = exact_s[p] - 1  # as `exact_scores` wants it
+                for ref, tile_s, own in ((q_ref, q_s, head), (k_ref, k_s, kv_head)):
+                    plgpu.copy_gmem_to_smem(ref.at[row, tokens(n), own], tile_s.at[p], fetched)
+                    plgpu.barrier_wait(fetched)
                 for s in range(slabs):
-                    plgpu.barrier_wait(k_ready.at[s])
-                    state[s] = add_product(state[s], gated_k_s.at[s].T, v_s.at[v_slot])
-                    plgpu.barrier_arrive(k_free.at[s])
-                plgpu.barrier_arrive(v_free.at[v_slot])
-                return tuple(state), tuple(pending)
+                    clamp_log_decay(g_tiles(p, s))
+                wait_for_scores(n)
+                tiles = lambda s: (q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s))
+                a = exact_scores(tables_ref, zero, tiles, slabs, scale, (shift_s, a_s, level_s))
+                for s in range(slabs):
+                    sums = matmul(*((term.T, select_s.T) for term in g_tiles(p, s)), shape=(SLAB, 8))
+                    before = jnp.exp(pending[s])
+                    factors_s.at[p, 0, slab(s)][...] = before
+                    factors_s.at[p, 1, slab(s)][...] = before * jnp.exp(cell(sums, 0) + cell(sums, 1))
+                for tile_s, triangle, factor in ((q_s, UP_TO_HERE, scale), (k_s, AFTER, 1.0)):
+                    shift_s[...] = plgpu.load(triangles_ref.at[zero + triangle], layout=WGMMA, optimized=False)
+                    plgpu.commit_smem()
+                    for s in range(slabs):
+                        decay = jnp.exp(matmul(*((shift_s, term) for term in g_tiles(p, s))))
+                        part = tile_s.at[p, :, slab(s)]
+                        part[...] = (load(part) * (decay * factor)).astype(BF16)
+                shift_s[...] = plgpu.load(triangles_ref.at[zero + SHIFTED], layout=WGMMA, optimized=False)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(ready.at[p])
+                put_scores(n, a, 1)
 
-            def add_product(x, a, b):
-                if interpret:  # which has no accumulators that start from a value
-                    return x + matmul((a, b), shape=shape)
-                return lax.optimization_barrier(pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(x)))
+            def until_exact(loop):
+                """Make chunks up to an exact one, and that one: apart, as its registers would slow the others."""
+                n, pending = loop
+                more = lambda loop: jnp.logical_and(loop[0] < chunks, loop[1] == 0)
+                n, exact, pending = lax.while_loop(more, bounded, (n, jnp.int32(0), pending))
+                pl.when(exact > 0)(lambda: unbounded(n, pending))
+                return n + exact, tuple(jnp.where(exact > 0, zero_row, x) for x in pending)
 
-            start = tuple(initial(s) for s in range(slabs)), (zero_row,) * slabs
-            state, pending = walk(chunk, start)
+            start = jnp.int32(0), (zero_row,) * slabs
+            _, pending = lax.while_loop(lambda loop: loop[0] < chunks, until_exact, start)
+            plgpu.barrier_wait(a_free)
             for s in range(slabs):
-                final = state[s] * along_rows(jnp.exp(pending[s]), shape)
-                final_ref.at[row, head, rows(s), columns][...] = final
-            plgpu.barrier_wait(r_free)
+                factors_s.at[chunks % 2, 0, slab(s)][...] = jnp.exp(pending[s])
+            plgpu.barrier_arrive(ready.at[chunks % 2])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup >= 2)
+        def _values():
+            set_registers(2)
+            w = warpgroup - 2
+            mine = columns(w)
+            flip = lambda x: x if interpret else plgpu.layout_cast(x, TRANSPOSED)
+            join = lambda parts: jnp.concatenate(parts, axis=1) if slabs > 1 else parts[0]
+
+            def scaled(state, s, p, index):
+                factor = plgpu.load(factors_s.at[p, index, slab(s)], layout=COL, optimized=False)
+                part = state[:, s * SLAB : (s + 1) * SLAB]
+                return part * lax.broadcast_in_dim(factor, part.shape, [1])
+
+            def chunk(n, state):
+                p = lax.rem(n, 2)
+                plgpu.barrier_wait(ready.at[p])
+                exact = exact_s[p]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results
+
+                def output(accumulator):
+                    for s in range(slabs):
+                        rounded = scaled(state, s, p, 0).astype(BF16)
+                        if interpret:  # which wants both operands in shared memory
+                            staging[0].at[w][...] = rounded
+                            plgpu.commit_smem()
+                            plgpu.wgmma(accumulator, staging[0].at[w], q_s.at[p, :, slab(s)].T)
+                        else:
+                            plgpu.wgmma(accumulator, rounded, q_s.at[p, :, slab(s)].T)
+                        plgpu.wgmma_wait(0)  # for the registers of the operand
+                        for states_s in state_tiles:
+
+                            @pl.when(lax.rem(n, every) == 0)
+                            def _save_state(states_s=states_s, s=s, rounded=rounded):
+                                states_s.at[w, s].T[...] = flip(rounded)
+                                plgpu.commit_smem()
+                                target = states_ref.at[row, head, lax.div(n, every), slab(s), mine]
+                                plgpu.copy_smem_to_gmem(states_s.at[w, s], target)
+
+                    plgpu.barrier_wait(v_full.at[p])
+                    plgpu.barrier_wait(a_ready)
+                    plgpu.wgmma(accumulator, v_s.at[p, w].T, a_s.T)
+                    return accumulator[...]
+
+                out = lax.optimization_barrier(pl.run_scoped(output, plgpu.ACC((VALUES, CHUNK), F32)))
+                plgpu.barrier_arrive(a_free)
+                plgpu.barrier_arrive(q_free.at[p])
+                out_s.at[w].T[...] = flip(out.astype(BF16))
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
+                state = join([scaled(state, s, p, exact) for s in range(slabs)])
+                if interpret:  # which has no accumulators that start from a value
+                    state = state + matmul((v_s.at[p, w].T, k_s.at[p]), shape=state.shape)
+                else:
+                    update = lambda accumulator: plgpu.wgmma(accumulator, v_s.at[p, w].T, k_s.at[p])
+                    state = lax.optimization_barrier(pl.run_state(update)(plgpu.ACC.init(state)))
+                plgpu.barrier_arrive(kv_free.at[p])
+                return state
+
+            if initial_ref is None:
+                state = zeros((VALUES, key_dim))
+            else:
+                layout = WGMMA if interpret else TRANSPOSED
+                state = plgpu.load(initial_ref.at[row, head, :, mine].T, layout=layout, optimized=False)
+                state = plgpu.layout_cast(state, WGMMA)
+            state = lax.fori_loop(0, chunks, chunk, state)
+            plgpu.barrier_wait(ready.at[chunks % 2])
+            final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])
+            final_ref.at[row, head, :, mine].T[...] = flip(final)
             plgpu.wait_smem_to_gmem(0)
 
         # no warpgroup leaves while another still issues matrix products
@@ -332,41 +317,42 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         plgpu.barrier_wait(done)
 
     scratch = [
-        tile(stages, CHUNK, SLAB),
-        tile(stages, CHUNK, SLAB),
-        tile(stages, terms, CHUNK, SLAB),
-        tile(2, CHUNK, value_tile),
-        tile(slabs, CHUNK, SLAB),
-        tile(key_dim, value_tile),
-        tile(CHUNK, value_tile),
-        tile(CHUNK, SLAB),
-        tile(CHUNK, SLAB),
+        tile(2, CHUNK, key_dim),
+        tile(2, CHUNK, key_dim),
+        tile(2, slabs, terms, CHUNK, SLAB),
+        tile(2, warpgroups, CHUNK, VALUES),
         tile(CHUNK, CHUNK),
+        tile(warpgroups, CHUNK, VALUES),
+        tile(CHUNK, CHUNK),
+        tile(CHUNK, SLAB),
         tile(8, CHUNK),
-        plgpu.SMEM((4,), jnp.int32),
-        barrier(2 + terms, stages),  # full
-        barrier(2, stages),  # free
-        barrier(1, 2),  # v_full
-        barrier(2, 2),  # v_free
-        barrier(1, slabs),  # k_ready
-        barrier(1, slabs),  # k_free
-        barrier(1, 4),  # exact_ready: no chunk is judged before all are done with the fourth before it
-        *(barrier(1) for _ in range(4)),  # r_ready, r_free, shift_ready, select_ready
-        barrier(3),  # done
+        plgpu.SMEM((2, 2, key_dim), F32),
+        plgpu.SMEM((2,), jnp.int32),
+        *([tile(warpgroups, slabs, SLAB, VALUES)] if save is not None else []),
+        barrier(2 + slabs * terms, 2),  # full
+        barrier(warpgroups, 2),  # v_full
+        barrier(1, 2),  # ready
+        barrier(1),  # a_ready
+        barrier(warpgroups),  # a_free
+        barrier(warpgroups, 2),  # q_free
+        barrier(warpgroups, 2),  # kv_free
+        barrier(2),  # constants_ready
+        barrier(1),  # fetched
+        barrier(2 + warpgroups),  # done
     ]
     if interpret:
-        scratch.append(tile(CHUNK, CHUNK))
+        scratch.append(tile(warpgroups, VALUES, SLAB))
     run = kernel(
         body,
         name="gla_forward",
         interpret=interpret,
+        warpgroups=2 + warpgroups,
         out_type=out_type,
         grid=(value_dim // value_tile, heads, batch),
         grid_names=("v", "h", "b"),
         scratch_types=scratch,
     )
-    select, triangles, tables = constants()
-    inputs = [q, k, v, select, triangles, tables, *g]
+    inputs = [q, k, v, *constants(), *g]
     if initial_state is not None:
         inputs.append(initial_state)
     return run(*inputs)

@@ -1,0 +1,260 @@
+"""The walk over the chunks of wide heads on Hopper, forwards or backwards, with the state in registers.
+
+With what `mosaic_gpu_prepare` makes, the recurrence and its gradient are the same two products a chunk:
+
+    forwards   o  = q~ S  + A v        S  <- Diag(e^{G_last}) S  + k~^T v       S  at the start of a chunk
+    backwards  dv = k~ dS + A^T do     dS <- Diag(e^{G_last}) dS + q~^T do      dS at its end
+
+One thread block walks a row, head and 128 value columns. Its two consumer warpgroups hold the state of 64 columns each,
+transposed, [64, K] in float32 registers: so it multiplies from the left as it is, and decays along its columns. They
+share nothing but the tiles that the third warpgroup copies in. Two blocks of a head make a cluster and read each tile
+once. Rows too few to fill the chip are walked in segments side by side, from states that a first walk, which writes no
+output, has found; see `mosaic_gpu_wide`.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
+    BF16,
+    CHUNK,
+    COL,
+    F32,
+    SLAB,
+    WGMMA,
+    barrier,
+    kernel,
+    matmul,
+    result,
+    set_registers,
+    tile,
+    zeros,
+)
+
+COLUMNS = 64  # value columns of one warpgroup
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+PRODUCER, CONSUMER = 24, 240  # registers a thread
+STAGES = 2  # chunks in shared memory
+
+
+def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, segment=None, interpret=False):
+    """Walk every row, or each of its segments, chunk by chunk.
+
+    Args:
+        read: [B, T, H, K] bfloat16, what the state is read with, K a multiple of 64; None writes no output.
+        write: [B, T, H, K] bfloat16, what the state is written with.
+        x: [B, T, heads, V] bfloat16, what is written; consecutive heads of `write` share one of it.
+        scores: [B, H, N, C, C] bfloat16, A; None without `read`.
+        decay: [B, H, N, K] float32, e^{G_last}.
+        start: [B, segments, H, K, V] float32, the states before the segments, or None for zeros.
+        reverse: walk from the last chunk to the first, with A^T.
+        save: return what the backward pass needs of the states.
+        segment: chunks of a segment, an even number; None: the whole row.
+        interpret: run in the interpreter.
+
+    Returns:
+        If there is a `read` the output [B, T, H, V] bfloat16; always the states after the segments [B, segments, H, K,
+        V] float32; with `save` the states S before even chunks or, in reverse, before the odd ones and the last, in
+        bfloat16, [B, H, ceil(N / 2), K, V].
+    """
+    batch, time, heads, key_dim = write.shape
+    value_dim, group = x.shape[-1], heads // x.shape[2]
+    chunks, slabs = pl.cdiv(time, CHUNK), key_dim // SLAB
+    segment = segment or chunks
+    segments = pl.cdiv(chunks, segment)
+    consumers = 2 if value_dim % (2 * COLUMNS) == 0 else 1
+    tiles = value_dim // (consumers * COLUMNS)
+    blocks = 2 if tiles % 2 == 0 else 1  # of a cluster
+    widths = [pl.ds(first, min(2 * SLAB, key_dim - first)) for first in range(0, key_dim, 2 * SLAB)]
+
+    out_type = [] if read is None else [result((batch, time, heads, value_dim), BF16, write)]
+    out_type.append(result((batch, segments, heads, key_dim, value_dim), F32, write))
+    if save:
+        out_type.append(result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, write))
+    reads, starts = read is not None, start is not None
+    # transposed before it is stored by columns, for which the interpreter has no layouts
+    flip = lambda y: y if interpret else plgpu.layout_cast(y, TRANSPOSED)
+
+    def body(*all_refs):
+        refs = list(all_refs)
+        take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
+        read_ref, scores_ref = take(2, reads)
+        write_ref, x_ref, decay_ref = take(3)
+        (start_ref,), (out_ref,), (end_ref,) = take(1, starts), take(1, reads), take(1)
+        (states_ref,) = take(1, save)
+        write_s, x_s, decay_s, write_full, write_free, x_full, x_free, done = take(8)
+        read_s, scores_s, out_s, read_full, read_free = take(5, reads)
+        (states_s,) = take(1, save)
+
+        block = lax.axis_index("v") * blocks + (lax.axis_index("c") if blocks > 1 else 0)
+        head, warpgroup = lax.axis_index("h"), lax.axis_index("warpgroup")
+        row, part = lax.div(lax.axis_index("b"), segments), lax.rem(lax.axis_index("b"), segments)
+        first = part * segment
+        steps = jnp.minimum(segment, chunks - first)
+        number = lambda i: first + (steps - 1 - i if reverse else i)
+        tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
+        slab = lambda s: pl.ds(s * SLAB, SLAB)
+        columns = lambda w: pl.ds((block * consumers + w) * COLUMNS, COLUMNS)
+        shared: Any = {"collective_axes": "c"} if blocks > 1 else {}
+
+        @pl.when(warpgroup == 0)
+        def _copies():
+            set_registers(PRODUCER, interpret)
+
+            def chunk(i, _):
+                p, n = lax.rem(i, STAGES), number(i)
+                when_free = lambda barrier: pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(barrier))
+                if reads:
+                    when_free(read_free.at[p])
+                    plgpu.copy_gmem_to_smem(read_ref.at[row, tokens(n), head], read_s.at[p], read_full.at[p], **shared)
+                    plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], scores_s.at[p], read_full.at[p], **shared)
+                for w in range(consumers):
+                    j = p * consumers + w
+                    when_free(x_free.at[j])
+                    source = x_ref.at[row, tokens(n), lax.div(head, group), columns(w)]
+                    plgpu.copy_gmem_to_smem(source, x_s.at[j], x_full.at[j])
+                when_free(write_free.at[p])
+                plgpu.copy_gmem_to_smem(write_ref.at[row, tokens(n), head], write_s.at[p], write_full.at[p], **shared)
+                plgpu.copy_gmem_to_smem(decay_ref.at[row, head, n], decay_s.at[p], write_full.at[p], **shared)
+
+            lax.fori_loop(0, steps, chunk, None)
+
+            def drain(i, _):
+                p = lax.rem(i, STAGES)
+                plgpu.barrier_wait(write_free.at[p])
+                for w in range(consumers):
+                    plgpu.barrier_wait(x_free.at[p * consumers + w])
+                if reads:
+                    plgpu.barrier_wait(read_free.at[p])
+
+            lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, drain, None)
+
+        @pl.when(warpgroup > 0)
+        def _states():
+            set_registers(CONSUMER, interpret)
+            w = warpgroup - 1
+            mine = columns(w)
+            of_slab = lambda state, s: state[:, s * SLAB : (s + 1) * SLAB]
+
+            def save_slab(rounded, n, s):
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                states_s.at[w, s % 2].T[...] = flip(rounded)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, 2), slab(s), mine])
+
+            def put_out(state, p, j, n):
+                """Write the chunk's output, and the state if it is one of those to keep."""
+                keep = jnp.logical_or(lax.rem(n, 2) == 1, n == chunks - 1) if reverse else lax.rem(n, 2) == 0
+
+                def products(accumulator):
+                    for s in range(slabs):
+                        rounded = of_slab(state, s).astype(BF16)
+                        if interpret:  # which wants both operands in shared memory
+                            out_s.at[w][...] = rounded
+                            plgpu.commit_smem()
+                            plgpu.wgmma(accumulator, out_s.at[w], read_s.at[p, :, slab(s)].T)
+                            plgpu.wgmma_wait(0)
+                        else:
+                            plgpu.wgmma(accumulator, rounded, read_s.at[p, :, slab(s)].T)
+                        if save:
+                            pl.when(keep)(functools.partial(save_slab, rounded, n, s))
+                            if not interpret:
+                                plgpu.wgmma_wait(0)  # or all rounded slabs would need registers at once
+                    plgpu.barrier_wait(x_full.at[j])
+                    plgpu.wgmma(accumulator, x_s.at[j].T, scores_s.at[p] if reverse else scores_s.at[p].T)
+                    return accumulator[...]
+
+                plgpu.barrier_wait(read_full.at[p])
+                out = lax.optimization_barrier(pl.run_scoped(products, plgpu.ACC((COLUMNS, CHUNK), F32)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_s.at[w].T[...] = flip(out.astype(BF16))
+                plgpu.commit_smem()  # after which all warps have read the tiles: a cluster's barrier waits for one only
+                plgpu.barrier_arrive(read_free.at[p])
+                plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
+
+            def chunk(i, state):
+                p, n = lax.rem(i, STAGES), number(i)
+                j = p * consumers + w
+                if reads:
+                    put_out(state, p, j, n)
+                else:
+                    plgpu.barrier_wait(x_full.at[j])
+                plgpu.barrier_wait(write_full.at[p])
+                decayed = []
+                for s in range(slabs):
+                    factor = plgpu.load(decay_s.at[p, slab(s)], layout=COL, optimized=False)
+                    decayed.append(of_slab(state, s) * lax.broadcast_in_dim(factor, (COLUMNS, SLAB), [1]))
+                state = jnp.concatenate(decayed, axis=1)
+                if interpret:  # which has no accumulators that start from a value
+                    state = state + matmul((x_s.at[j].T, write_s.at[p]), shape=(COLUMNS, key_dim))
+                else:
+
+                    def update(accumulators):
+                        for width, accumulator in zip(widths, accumulators, strict=True):
+                            plgpu.wgmma(accumulator, x_s.at[j].T, write_s.at[p, :, width])
+
+                    parts = tuple(plgpu.ACC.init(state[:, d.start : d.start + d.size]) for d in widths)
+                    state = jnp.concatenate(lax.optimization_barrier(pl.run_state(update)(parts)), axis=1)
+                plgpu.commit_smem()  # as above
+                plgpu.barrier_arrive(write_free.at[p])
+                plgpu.barrier_arrive(x_free.at[j])
+                return state
+
+            if not starts:
+                state = zeros((COLUMNS, key_dim))
+            else:
+                source = start_ref.at[row, part, head, :, mine].T
+                state = plgpu.load(source, layout=WGMMA if interpret else TRANSPOSED, optimized=False)
+                state = state if interpret else plgpu.layout_cast(state, WGMMA)
+            state = lax.fori_loop(0, steps, chunk, state)
+            for s in range(slabs):
+                end_ref.at[row, part, head, slab(s), mine].T[...] = flip(of_slab(state, s))
+            plgpu.wait_smem_to_gmem(0)
+
+        # no warpgroup leaves while another still multiplies, no block while another of its cluster copies to it
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    def of_cluster(arrivals, count=()):
+        if blocks == 1:
+            return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count or 1)
+        return plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=arrivals, num_barriers=count)
+
+    scratch = [
+        tile(STAGES, CHUNK, key_dim),
+        tile(STAGES * consumers, CHUNK, COLUMNS),
+        plgpu.SMEM((STAGES, key_dim), F32),
+        barrier(2, STAGES),  # write_full
+        of_cluster(consumers, STAGES),  # write_free
+        barrier(1, STAGES * consumers),  # x_full
+        barrier(1, STAGES * consumers),  # x_free
+        of_cluster(1 + consumers),  # done
+    ]
+    if reads:
+        scratch += [
+            tile(STAGES, CHUNK, key_dim),
+            tile(STAGES, CHUNK, CHUNK),
+            tile(consumers, CHUNK, COLUMNS),
+            barrier(2, STAGES),  # read_full
+            of_cluster(consumers, STAGES),  # read_free
+        ]
+    if save:
+        scratch.append(tile(consumers, 2, SLAB, COLUMNS))
+    run = kernel(
+        body,
+        name="gla_walk",
+        interpret=interpret,
+        warpgroups=1 + consumers,
+        out_type=out_type,
+        grid=(tiles // blocks, heads, batch * segments),
+        grid_names=("v", "h", "b"),
+        scratch_types=scratch,
+        **({"cluster": (blocks,), "cluster_names": ("c",)} if blocks > 1 else {}),
+    )
+    inputs = [*([read, scores] if reads else []), write, x, decay, *([start] if starts else [])]
+    return run(*inputs)

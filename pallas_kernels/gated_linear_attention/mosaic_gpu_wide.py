@@ -1,0 +1,92 @@
+"""Heads of more than 128 key channels on Hopper: gated tiles first, then walks that know nothing of gates.
+
+The state of such a head does not fit one thread block. Blocks that share a head would each make its gated tiles and
+each find out which chunks are exact; here `prepare` does both once, and `walk` serves forward and backward pass.
+
+If the rows do not fill the chip, each is cut into segments. A first walk finds what every segment writes into a state
+of zero; with the decay over whole segments that gives the state before each (equation 5 of the paper, with segments
+for chunks), from where all are walked side by side. Backwards it is the same with the gradient of the state.
+"""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import backward_inputs
+from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK
+from pallas_kernels.gated_linear_attention.mosaic_gpu_prepare import prepare
+from pallas_kernels.gated_linear_attention.mosaic_gpu_walk import walk
+
+_MULTIPROCESSORS = 132  # of an H100 or H200; a walk puts one block on each
+_LEAST_SEGMENTS = 4  # fewer win less than the first walk costs
+
+
+def wide_forward(q, k, v, g, initial_state, *, scale, save=False, interpret=False):
+    """Run the forward pass.
+
+    Args:
+        q: [B, T, H, K] bfloat16, K a multiple of 64.
+        k: [B, T, H_kv, K], v: [B, T, H_kv, V] bfloat16, V a multiple of 64.
+        g: one or two terms of the log decay; see `decay_source`.
+        initial_state: [B, H, K, V] float32 or None.
+        scale: of the query.
+        save: return what `wide_backward` needs as well.
+        interpret: run in the interpreter.
+
+    Returns:
+        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, and with `save` six arrays for `wide_backward`.
+    """
+    gated_q, gated_k, scores, decay, exact = prepare(q, k, g, scale=scale, interpret=interpret)
+    arrays = (gated_q, gated_k, v, scores, decay, initial_state)
+    out, final_state, *states = _walk(*arrays, save=save, interpret=interpret)
+    return (out, final_state, gated_q, gated_k, scores, decay, exact, *states) if save else (out, final_state)
+
+
+def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, interpret=False):
+    """Return the gradients of q, k, v and g, one for each query head, and of the initial state."""
+    gated_q, gated_k, scores, decay, exact, states = saved
+    arrays = (gated_k, gated_q, d_out, scores, decay, d_final)
+    dv, d_initial, d_states = _walk(*arrays, reverse=True, save=True, interpret=interpret)
+    options = {"at_edges": True, "scale": scale, "interpret": interpret}
+    dq, dk, dg = backward_inputs(q, k, v, g, d_out, states, d_states, exact, **options)
+    return dq, dk, dv, dg, d_initial
+
+
+def segment_chunks(chunks, blocks):
+    """Return the chunks of a segment: all of a row, or an even number if `blocks` are too few to fill the chip."""
+    segments = _MULTIPROCESSORS // blocks
+    if segments < _LEAST_SEGMENTS or chunks < 4 * segments:
+        return chunks
+    return 2 * pl.cdiv(chunks, 2 * segments)
+
+
+def _walk(read, write, x, scores, decay, start, *, reverse=False, save=False, interpret=False):
+    """Walk whole rows from `start` [B, H, K, V] or None, in segments if need be; return what `walk` does."""
+    batch, time, heads, _ = write.shape
+    chunks = pl.cdiv(time, CHUNK)
+    segment = segment_chunks(chunks, batch * heads * pl.cdiv(x.shape[-1], 128))
+    common = {"reverse": reverse, "segment": segment, "interpret": interpret}
+    starts = None if start is None else start[:, None]
+    if segment < chunks:
+        (written,) = walk(None, write, x, None, decay, None, **common)
+        starts = _states_before(start, written, _decay_of_segments(decay, segment), reverse)
+    out, ends, *states = walk(read, write, x, scores, decay, starts, save=save, **common)
+    return out, ends[:, 0 if reverse else -1], *states
+
+
+def _decay_of_segments(decay, segment):
+    """Multiply the decays of chunks [B, H, N, K] over segments: [B, segments, H, K]."""
+    batch, heads, chunks, key_dim = decay.shape
+    beyond = -chunks % segment
+    whole = jnp.pad(decay, ((0, 0), (0, 0), (0, beyond), (0, 0)), constant_values=1.0)
+    return jnp.moveaxis(whole.reshape(batch, heads, -1, segment, key_dim).prod(axis=3), 2, 1)
+
+
+def _states_before(start, written, decay, reverse):
+    """Return the states before all segments [B, segments, H, K, V] from `start` and what each segment writes."""
+    state = jnp.zeros_like(written[:, 0]) if start is None else start
+    order = range(written.shape[1])
+    before = []
+    for i in reversed(order) if reverse else order:
+        before.append(state)
+        state = decay[:, i, :, :, None] * state + written[:, i]
+    return jnp.stack(before[::-1] if reverse else before, axis=1)
