@@ -125,9 +125,9 @@ def test_interpreter_matches_float64(case):
     [
         (32, 1024, 16, 64, 64),
         (16, 2048, 4, 128, 256),
-        (16, 2048, 4, 256, 512),
+        pytest.param((16, 2048, 4, 256, 512), marks=pytest.mark.long),
         (1, 32768, 4, 256, 512),
-        (4, 2048, 16, 128, 128),
+        pytest.param((4, 2048, 16, 128, 128), marks=pytest.mark.long),
         (1, 1000, 2, 96, 80),
     ],
     ids=str,
