@@ -168,7 +168,7 @@ def time_rival(name, shape, copy_rate):
     """Time a rival at one shape, or say why not."""
     try:
         if name == "jla":
-            gla = importlib.import_module("jla.ops").gla
+            gla = importlib.import_module("jla.ops.mosaic_gpu.gla").gla
             return time_jax(lambda *x: gla(*x)[0], shape, copy_rate)
         return time_torch(name, shape)
     except Exception as error:
