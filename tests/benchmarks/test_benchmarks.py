@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import decode, layers, plot, training
+from benchmarks import decode, layers, plot, table, training
 from benchmarks.kernel_times import part_of, read_op_names
 
 TINY = ["--set=model.hidden_size=16", "--set=model.num_layers=2", "--set=model.num_heads=2"]
@@ -24,6 +24,7 @@ def run(benchmark, folder, *arguments):
     benchmark.main([*arguments, f"--output={file}"])
     plot.main([str(file), str(picture)])
     assert picture.stat().st_size > 5_000
+    table.main([str(file)])
     return json.loads(file.read_text())["rows"]
 
 
