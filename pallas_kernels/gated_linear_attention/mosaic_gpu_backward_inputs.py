@@ -10,8 +10,8 @@ of the second, M_10 = do_1 v_0^T, and products of the first chunk's R and the se
 
 What is saved may also be S at the start of the first chunk and dS at the end of the second: R_0 = x_0 S, dU_1 = y_1 dS
 with x = e^{G_m} and y = e^{G_last - G_m} in a bounded chunk, 1 in an exact one. Four warpgroups each take one side,
-query's or key's, of one chunk; the lightest of them also drives the copy engine. Where four blocks read the same d_out
-and v, clusters of two share what they read.
+query's or key's, of one chunk; the lightest of them also drives the copy engine. All blocks of a pair read d_out and v;
+clusters of two share them.
 """
 
 import functools
@@ -72,9 +72,9 @@ def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edg
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
     chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // SLAB, value_dim // SLAB
-    # Blocks of a cluster. On an H100, (K, V) = (256, 512) takes 0.77 ms alone, 0.69 in twos, 0.73 in fours: blocks that
-    # share also wait for each other. (128, 256) takes 0.25 ms alone and 0.26 in twos.
-    share = 2 if key_tiles % 4 == 0 and not interpret else 1
+    # Blocks of a cluster: on an H100, (K, V) = (128, 256) takes 0.34 ms alone and 0.30 in twos. Fours are slower than twos
+    # at (256, 512), as blocks that share also wait for each other.
+    share = 2 if key_tiles % 2 == 0 and not interpret else 1
 
     def body(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, exact_ref, select_ref, triangles_ref, tables_ref,
