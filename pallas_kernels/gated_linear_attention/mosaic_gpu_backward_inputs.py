@@ -72,8 +72,8 @@ def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edg
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
     chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // SLAB, value_dim // SLAB
-    # Blocks of a cluster: on an H100, (K, V) = (128, 256) takes 0.34 ms alone and 0.30 in twos. Fours are slower than twos
-    # at (256, 512), as blocks that share also wait for each other.
+    # Blocks of a cluster: on an H100, (K, V) = (128, 256) takes 0.34 ms alone and 0.30 in twos; at (256, 512) fours are
+    # slower than twos, as blocks that share also wait for each other.
     share = 2 if key_tiles % 2 == 0 and not interpret else 1
 
     def body(
