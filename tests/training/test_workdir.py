@@ -46,8 +46,8 @@ def test_some_fields_may_change(tmp_path: Path) -> None:
     claim(tmp_path, config())
     changed = config(
         steps="5", log__every="1", eval__every="3", checkpoint__keep="9", mesh__fsdp="1", sample__tokens="4",
-        profile__steps="2", data__prefetch="1", model__remat="full", optimizer__accumulation_steps="2", optimizer__offload="true",
-        model__mixers__gla__chunk_size="16", init_from="x",
+        profile__steps="2", data__prefetch="1", model__remat="full", optimizer__accumulation_steps="2",
+        optimizer__offload="true", model__mixers__gla__chunk_size="16", init_from="x",
     )  # fmt: skip
     claim(tmp_path, changed)
     assert read_config(tmp_path) == changed
