@@ -80,12 +80,16 @@ def met_too_late(said: Sequence[tuple[str, str]]) -> bool:
 
 
 def strike_one(start_all: Callable[[], Processes], victim: int, workdir: Path, step: int, number: int) -> Processes:
-    """Start processes, and send one of them a signal once the metrics of a step have been written."""
+    """Start processes, and send one of them a signal once they have written the metrics of a step."""
+    file = workdir / "metrics.jsonl"
+    written = lambda: file.stat().st_mtime_ns if file.exists() else 0
     for _ in range(TRIES):
-        processes = start_all()
-        while newest_step(workdir) < step and all(process.poll() is None for process in processes):
+        before, processes = written(), start_all()
+        # Those that were here before may have come further; nothing is written before all have met.
+        ready = lambda before=before: written() != before and newest_step(workdir) >= step
+        while not ready() and all(process.poll() is None for process in processes):
             time.sleep(0.002)
-        if newest_step(workdir) >= step and processes[victim].poll() is None:
+        if ready() and processes[victim].poll() is None:
             processes[victim].send_signal(number)
             return processes
         said = finish(processes, PATIENCE)
