@@ -4,7 +4,7 @@ The state of such a head does not fit one thread block. Blocks that share a head
 each find out which chunks are exact; here `prepare` does both once, and `walk` serves forward and backward pass.
 
 If the rows do not fill the chip, each is cut into segments. A first walk finds what every segment writes into a state
-of zero; with the decay over whole segments that gives the state before each (equation 5 of the paper, with segments
+of zero; with the decay over whole segments that gives the state before each (the paper's chunkwise form, with segments
 for chunks), from where all are walked side by side. Backwards it is the same with the gradient of the state.
 """
 
