@@ -8,7 +8,7 @@ import pytest
 from tiny_config import get_config
 
 from gla_jax.config import ConfigError, build, flat, load
-from gla_jax.sweep import learning_rates, make_points, read_points, shared_settings, train_point
+from gla_jax.training.points import learning_rates, make_points, read_points, shared_settings, train_point
 
 TINY = {
     "model.mixer": "attention", "model.hidden_size": "16", "model.vocab_size": "32", "data.sequence_length": "16",
