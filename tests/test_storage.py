@@ -97,6 +97,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, capsys):
     assert {path.name for path in newest.parent.glob("*")} >= {f"unreadable-{STEPS:08}.0", f"{STEPS + 1:08}"}
 
 
+@pytest.mark.long
 def test_starting_from_a_run_in_a_bucket(bucket, tmp_path, capsys):
     train(f"{bucket}/runs/three", steps=1)
     train(tmp_path, steps=2, init_from=f"{bucket}/runs/three")

@@ -11,7 +11,7 @@ from gla_jax.data import corpora
 from gla_jax.data.manifest import open_folder
 from gla_jax.data.rows import Split, split
 from gla_jax.data.token_file import TokenArray, open_token_file, tokens_in_memory
-from gla_jax.data.tokenizer import Tokenizer
+from gla_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,3 +111,37 @@ def _parse_mixture(text: str) -> list[tuple[str, float]]:
 def _nearest(name: str) -> str:
     near = difflib.get_close_matches(name, corpora.NAMES, 1)
     return f"; did you mean {near[0]!r}?" if near else "."
+
+
+_CHARACTERS = 32 << 20
+"""Text to train a tokeniser on, about, taken evenly; more changes little."""
+
+
+def train_on_corpus(corpus: str, size: int, path: Path) -> str:
+    """Train a byte-level BPE of so many entries on a corpus of text, and write it.
+
+    Args:
+        corpus: one of `corpora.TEXTS`.
+        size: entries of the vocabulary.
+        path: the file to write, "... .json".
+
+    Returns:
+        A line that says what was written, and how many bytes a token of it stands for.
+
+    Raises:
+        ConfigError: there is no such corpus, it is no text, or the file has another ending.
+    """
+    if path.suffix != ".json":
+        raise ConfigError(f"--output={path} must end in .json, as tokenisers of this kind do.")
+    check_corpus(corpus)
+    if corpus not in corpora.TEXTS:
+        raise ConfigError(f"--corpus={corpus} is no text; take one of {', '.join(corpora.TEXTS)}.")
+    texts = [text for group in corpora.TEXTS[corpus]() for text in group]
+    every = -(-sum(map(len, texts)) // _CHARACTERS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(texts[::every], size, path)
+    tokenizer = load_tokenizer(str(path))
+    sample = texts[1 :: 8 * every] or texts
+    tokens = sum(map(len, tokenizer.encode_batch(sample)))
+    length = sum(len(text.encode("utf-8", "replace")) for text in sample)
+    return f"{path}: {tokenizer.vocab_size:,} entries; {length / tokens:.2f} bytes a token."

@@ -25,6 +25,7 @@ def run(folder, *arguments):
     return {(row["group"], row["axis"]): row for row in json.loads((folder / "scaling.json").read_text())["rows"]}
 
 
+@pytest.mark.long
 def test_two_devices_are_set_against_one(tmp_path):
     rows = run(tmp_path, "--cases=row:one,row:sequence", f"--plot={tmp_path}/scaling.png")
     one, two = rows["row", "one"], rows["row", "sequence"]

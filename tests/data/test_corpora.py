@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
 from gla_jax.config import ConfigError, DataConfig
-from gla_jax.data import corpora, load_tokenizer, open_dataset, train_tokenizer
+from gla_jax.data import corpora, load_tokenizer, open_dataset
+from gla_jax.data.sources import train_on_corpus
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,19 +100,17 @@ def test_site_packages_without_packages(monkeypatch, tmp_path):
         corpora.site_packages()
 
 
-def test_a_tokenizer_is_trained_on_a_corpus(packages, tmp_path, capsys):
+def test_a_tokenizer_is_trained_on_a_corpus(packages, tmp_path):
     path = tmp_path / "made" / "bpe.json"
-    with flagsaver.flagsaver(corpus="site-packages", size=300, output=str(path)):
-        train_tokenizer.main({})
-    assert "300 entries" in capsys.readouterr().out
+    assert "300 entries" in train_on_corpus("site-packages", 300, path)
     assert load_tokenizer(str(path)).vocab_size == 300
     for corpus, output, sentence in (
         ("mqar", path, "--corpus=mqar is no text; take one of kjv"),
         ("site_packages", path, "did you mean 'site-packages'"),
         ("kjv", tmp_path / "bpe", "must end in .json"),
     ):
-        with flagsaver.flagsaver(corpus=corpus, output=str(output)), pytest.raises(ConfigError, match=sentence):
-            train_tokenizer.main({})
+        with pytest.raises(ConfigError, match=sentence):
+            train_on_corpus(corpus, 300, output)
 
 
 def test_synthetic_rows_are_functions_of_stream_and_number():

@@ -56,6 +56,7 @@ def test_a_run_is_the_same_and_may_change_sides(tmp_path: Path) -> None:
     assert read("there") == read("plain") and read("there").count("\n") > 6
 
 
+@pytest.mark.long
 def test_a_plan_counts_the_moments_as_the_hosts() -> None:
     plans = [
         make_plan(config(**{"model.vocab_size": 256, "optimizer.offload": offload}), jax.devices()[:4], lambda _: None)
