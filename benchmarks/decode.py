@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.training import CONFIGS, parse_settings
 from gla_jax.config import Config, load
 from gla_jax.hardware import GIB
 from gla_jax.inference.generation import draw_token, keys_by_row
@@ -36,8 +37,6 @@ from gla_jax.parallel.program import read_memory
 
 SPLIT = jax.default_backend() == "gpu"
 """Whether layers run one by one, as `gla_jax.inference` has it."""
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def drawing(graphdef: Any, room: int, batch_size: int, tokens: int) -> tuple[Any, Any]:
@@ -137,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configs")
     parser.add_argument("--output", type=Path, required=True, help="the JSON")
     options = parser.parse_args(arguments)
-    settings = {"dtype.params": "bfloat16"} | dict(pair.split("=", 1) for pair in options.set)
+    settings = {"dtype.params": "bfloat16"} | parse_settings(options.set)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

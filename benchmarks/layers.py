@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.training import CONFIGS, parse_settings
 from gla_jax.config import ModelConfig, load
 from gla_jax.hardware import GIB
 from gla_jax.layers import MIXERS
 from gla_jax.models.language_model import mixer_options
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 MODELS = {
     "gla": "gla_1p3b",
     "linear_attention": "gla_1p3b",
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the configs")
     parser.add_argument("--output", type=Path, required=True, help="the JSON")
     options = parser.parse_args(arguments)
-    settings = dict(pair.split("=", 1) for pair in options.set)
+    settings = parse_settings(options.set)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.training import lower_step, parse_settings, random_batch, run_steps
+from benchmarks.training import CONFIGS, lower_step, parse_settings, random_batch, run_steps
 from gla_jax.config import Config, load
 from gla_jax.hardware import GIB, find_device
 from gla_jax.parallel.mesh import make_mesh
@@ -36,7 +36,6 @@ from gla_jax.parallel.program import read_collectives, read_memory, summarize
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import init_state
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 AXES = {
     "one": {},
     "data": {"data": "2", "fsdp": "1"},

@@ -24,6 +24,7 @@ from gla_jax.evaluation.scoring import Scorer
 from gla_jax.inference.session import Session
 from gla_jax.inference.text import TextStream
 from gla_jax.models import LanguageModel
+from gla_jax.storage import replace_text
 
 PRESETS = {
     "paper": (
@@ -64,9 +65,7 @@ class Journal:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             entries = (json.dumps({"request": key, "answer": answer}) for key, answer in self.answers.items())
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            partial.write_text("".join(f"{line}\n" for line in (head, *entries)), encoding="utf-8")
-            partial.replace(self._path)
+            replace_text(self._path, "".join(f"{line}\n" for line in (head, *entries)))
 
     def add(self, answers: dict[str, Any]) -> None:
         """Keep answers that are new."""

@@ -88,8 +88,8 @@ def _terms(decay):
 
 
 def _tile(query, value):
-    batch, _, heads, key_dim = query.shape
-    return gpu_value_tile(key_dim, value.shape[-1], batch * heads)
+    batch, _, heads, _ = query.shape
+    return gpu_value_tile(value.shape[-1], batch * heads)
 
 
 def _sweeps(query, value, decay):

@@ -38,7 +38,7 @@ BOUND = 60.0  # on |D|: e^60 leaves room for sums in float32
 LEAST_LOG_DECAY = -128.0  # exp is 0 in float32 here and below; keeps -inf out of products with 0
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-WGMMA = plgpu.Layout.WGMMA
+WGMMA, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 ROW, COL = WGMMA.reduce(1), WGMMA.reduce(0)
 
 _i, _j = np.arange(CHUNK)[:, None], np.arange(CHUNK)[None]
@@ -100,7 +100,7 @@ def result(shape, dtype, like):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-PRODUCER, CONSUMER = 24, 240  # registers a thread in the backward kernels, 3 x 168 in all
+PRODUCER, CONSUMER = 24, 240  # registers a thread where there are three warpgroups, 3 x 168 in all
 
 
 def set_registers(count, interpret):
@@ -112,6 +112,17 @@ def set_registers(count, interpret):
 def load(ref):
     """Read a tile into registers as float32."""
     return plgpu.load(ref, layout=WGMMA, optimized=False).astype(F32)
+
+
+def turned(x, interpret):
+    """Return registers in the layout that `ref.T[...] = x` stores from; the interpreter has no layouts."""
+    return x if interpret else plgpu.layout_cast(x, TRANSPOSED)
+
+
+def load_turned(ref, interpret):
+    """Read the transpose of an array in global memory, as it is, into registers."""
+    x = plgpu.load(ref.T, layout=WGMMA if interpret else TRANSPOSED, optimized=False)
+    return x if interpret else plgpu.layout_cast(x, WGMMA)
 
 
 def matmul(*pairs, shape=(CHUNK, CHUNK)):

@@ -20,9 +20,10 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BF16,
     CHUNK,
     COL,
+    CONSUMER,
     F32,
     MIDDLE,
-    ROW,
+    PRODUCER,
     SHIFTED,
     SLAB,
     UP_TO_HERE,
@@ -35,16 +36,20 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     exceeds_bound,
     kernel,
     load,
+    load_turned,
     matmul,
+    put_table,
     result,
+    set_registers,
     tile,
+    turned,
+    zero_row,
     zeros,
 )
 
 VALUES = 64  # value columns of a warpgroup
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 # Registers a thread of the producer, the gates and the values has, by the number of warpgroups with values.
-REGISTERS = {1: (24, 240, 240), 2: (24, 168, 160)}
+REGISTERS = {1: (PRODUCER, CONSUMER, CONSUMER), 2: (PRODUCER, 168, 160)}
 
 
 def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpret=False):
@@ -100,14 +105,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         slab = lambda s: pl.ds(s * SLAB if isinstance(s, int) else pl.multiple_of(s * SLAB, SLAB), SLAB)
         columns = lambda w: pl.ds((block * warpgroups + w) * VALUES, VALUES)
 
-        def set_registers(role):
-            if not interpret:
-                count = REGISTERS[warpgroups][role]
-                plgpu.set_max_registers(count, action="decrease" if role == 0 else "increase")
-
         @pl.when(warpgroup == 0)
         def _copies():
-            set_registers(0)
+            set_registers(REGISTERS[warpgroups][0], interpret)
 
             def chunk(n, _):
                 p = lax.rem(n, 2)
@@ -131,12 +131,12 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
 
         @pl.when(warpgroup == 1)
         def _gates():
-            set_registers(1)
+            set_registers(REGISTERS[warpgroups][1], interpret)
             plgpu.copy_gmem_to_smem(select_ref, select_s, constants_ready)
             plgpu.copy_gmem_to_smem(triangles_ref.at[SHIFTED], shift_s, constants_ready)
             plgpu.barrier_wait(constants_ready)
             g_tiles = lambda p, s: [g_s.at[p, s, t] for t in range(terms)]
-            zero_row = plgpu.layout_cast(jnp.zeros((SLAB,), F32), ROW)
+            nothing = zero_row()
             column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
             cell = lambda sums, index: jnp.sum(jnp.where(column == index, sums, 0.0), axis=1)
 
@@ -215,13 +215,13 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                     factors_s.at[p, 0, slab(s)][...] = before
                     factors_s.at[p, 1, slab(s)][...] = before * jnp.exp(cell(sums, 0) + cell(sums, 1))
                 for tile_s, triangle, factor in ((q_s, UP_TO_HERE, scale), (k_s, AFTER, 1.0)):
-                    shift_s[...] = plgpu.load(triangles_ref.at[zero + triangle], layout=WGMMA, optimized=False)
+                    put_table(shift_s, triangles_ref, zero + triangle)
                     plgpu.commit_smem()
                     for s in range(slabs):
                         decay = jnp.exp(matmul(*((shift_s, term) for term in g_tiles(p, s))))
                         part = tile_s.at[p, :, slab(s)]
                         part[...] = (load(part) * (decay * factor)).astype(BF16)
-                shift_s[...] = plgpu.load(triangles_ref.at[zero + SHIFTED], layout=WGMMA, optimized=False)
+                put_table(shift_s, triangles_ref, zero + SHIFTED)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[p])
                 put_scores(n, a, 1)
@@ -232,9 +232,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 more = lambda loop: jnp.logical_and(loop[0] < chunks, loop[1] == 0)
                 n, exact, pending = lax.while_loop(more, bounded, (n, jnp.int32(0), pending))
                 pl.when(exact > 0)(lambda: unbounded(n, pending))
-                return n + exact, tuple(jnp.where(exact > 0, zero_row, x) for x in pending)
+                return n + exact, tuple(jnp.where(exact > 0, nothing, x) for x in pending)
 
-            start = jnp.int32(0), (zero_row,) * slabs
+            start = jnp.int32(0), (nothing,) * slabs
             _, pending = lax.while_loop(lambda loop: loop[0] < chunks, until_exact, start)
             plgpu.barrier_wait(a_free)
             for s in range(slabs):
@@ -244,10 +244,10 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
 
         @pl.when(warpgroup >= 2)
         def _values():
-            set_registers(2)
+            set_registers(REGISTERS[warpgroups][2], interpret)
             w = warpgroup - 2
             mine = columns(w)
-            flip = lambda x: x if interpret else plgpu.layout_cast(x, TRANSPOSED)
+            flip = lambda x: turned(x, interpret)
             join = lambda parts: jnp.concatenate(parts, axis=1) if slabs > 1 else parts[0]
 
             def scaled(state, s, p, index):
@@ -303,9 +303,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             if initial_ref is None:
                 state = zeros((VALUES, key_dim))
             else:
-                layout = WGMMA if interpret else TRANSPOSED
-                state = plgpu.load(initial_ref.at[row, head, :, mine].T, layout=layout, optimized=False)
-                state = plgpu.layout_cast(state, WGMMA)
+                state = load_turned(initial_ref.at[row, head, :, mine], interpret)
             state = lax.fori_loop(0, chunks, chunk, state)
             plgpu.barrier_wait(ready.at[chunks % 2])
             final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])

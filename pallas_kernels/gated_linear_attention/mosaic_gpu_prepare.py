@@ -33,6 +33,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     kernel,
     load,
     matmul,
+    put_table,
     result,
     tile,
     zeros,
@@ -133,7 +134,7 @@ def prepare(q, k, g, *, scale, interpret=False):
             tiles = lambda _: (q_s.at[0], k_s.at[0], g_tiles(0))
             a = a + exact_scores(tables_ref, zero, tiles, 1, scale, (w_s, q_level_s, k_level_s))
             for x, triangle, factor in ((q_s.at[0], UP_TO_HERE, scale), (k_s.at[0], AFTER, 1.0)):
-                w_s[...] = plgpu.load(triangles_ref.at[zero + triangle], layout=WGMMA, optimized=False)
+                put_table(w_s, triangles_ref, zero + triangle)
                 plgpu.commit_smem()
                 decay = jnp.exp(matmul(*((w_s, term) for term in g_tiles(0))))
                 x[...] = (load(x) * (decay * factor)).astype(BF16)

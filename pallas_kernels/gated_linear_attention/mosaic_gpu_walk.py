@@ -24,21 +24,22 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BF16,
     CHUNK,
     COL,
+    CONSUMER,
     F32,
+    PRODUCER,
     SLAB,
-    WGMMA,
     barrier,
     kernel,
+    load_turned,
     matmul,
     result,
     set_registers,
     tile,
+    turned,
     zeros,
 )
 
 COLUMNS = 64  # value columns of one warpgroup
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-PRODUCER, CONSUMER = 24, 240  # registers a thread
 STAGES = 2  # chunks in shared memory
 
 
@@ -77,8 +78,7 @@ def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, seg
     if save:
         out_type.append(result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, write))
     reads, starts = read is not None, start is not None
-    # transposed before it is stored by columns, for which the interpreter has no layouts
-    flip = lambda y: y if interpret else plgpu.layout_cast(y, TRANSPOSED)
+    flip = functools.partial(turned, interpret=interpret)
 
     def body(*all_refs):
         refs = list(all_refs)
@@ -208,9 +208,7 @@ def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, seg
             if not starts:
                 state = zeros((COLUMNS, key_dim))
             else:
-                source = start_ref.at[row, part, head, :, mine].T
-                state = plgpu.load(source, layout=WGMMA if interpret else TRANSPOSED, optimized=False)
-                state = state if interpret else plgpu.layout_cast(state, WGMMA)
+                state = load_turned(start_ref.at[row, part, head, :, mine], interpret)
             state = lax.fori_loop(0, steps, chunk, state)
             for s in range(slabs):
                 end_ref.at[row, part, head, slab(s), mine].T[...] = flip(of_slab(state, s))
