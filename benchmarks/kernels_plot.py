@@ -1,0 +1,93 @@
+"""Draw what `kernels.py` measured, and print it as a table of Markdown.
+
+    python benchmarks/kernels_plot.py benchmarks/kernels_h100.json --output=docs/kernels.png
+
+Needs the extra `plot`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NAMES = {"ours": "ours", "cudnn": "cuDNN", "flash_attention_2": "FlashAttention-2", "jla": "jla", "fla": "fla"}
+DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
+SHAPE = "B, T, H, K, V"
+TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+
+
+def milliseconds(row: dict[str, Any], name: str, direction: str) -> float | None:
+    """Return what one implementation took, or None where it was not run or does not serve the shape."""
+    return row.get(name, {}).get(direction, {}).get("ms")
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return a line for each shape: ours, its share of the floor, its memory, and how many times longer others took."""
+    others = [name for name in NAMES if name != "ours" and any(name in row for row in report["shapes"])]
+    head = [SHAPE]
+    for direction in DIRECTIONS.values():
+        head += [f"{direction}, ms", "share of floor", *(NAMES[name] for name in others)]
+    lines = [[*head, "peak, MiB"], ["---"] * (len(head) + 1)]
+    for row in report["shapes"]:
+        cells = [", ".join(map(str, row[SHAPE]))]
+        for direction in DIRECTIONS:
+            ours = row["ours"][direction]
+            cells += [f"**{ours['ms']:.3f}**", f"{ours['share_of_floor']:.0%}"]
+            times = (milliseconds(row, name, direction) for name in others)
+            cells += ["" if ms is None else f"{ms / ours['ms']:.1f}x" for ms in times]
+        lines.append([*cells, str(row["ours"]["forward_backward"]["peak_MiB"])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(report: dict[str, Any], figure: Any) -> None:
+    """Milliseconds on a logarithmic axis, a line for each shape, a panel for each direction."""
+    shapes = report["shapes"]
+    panels = figure.subplots(1, len(DIRECTIONS), sharey=True)
+    for axes, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
+        floors = [row["ours"][direction]["floor_ms"] for row in shapes]
+        axes.plot(floors, range(len(shapes)), "|", color="black", markersize=14, label="bytes that must move")
+        for index, (name, label) in enumerate(NAMES.items()):
+            points = [(milliseconds(row, name, direction), place) for place, row in enumerate(shapes)]
+            points = [(ms, place) for ms, place in points if ms is not None]
+            if points:
+                style = {"zorder": 3, "markersize": 9} if name == "ours" else {"markersize": 6, "alpha": 0.8}
+                axes.plot(*zip(*points, strict=True), "o", color=f"C{index}", label=label, **style)
+        axes.set(title=title, xlabel="milliseconds", xscale="log")
+        axes.set_xticks(TICKS, map(str, TICKS))
+        axes.minorticks_off()
+        every = np.hstack([line.get_xdata() for line in axes.lines])
+        axes.set_xlim(0.8 * every.min(), 1.25 * every.max())
+        axes.grid(alpha=0.3, axis="x")
+        axes.spines[["top", "right"]].set_visible(False)
+    labels = ["{} x {}, {} heads of {}, {}".format(*row[SHAPE]) for row in shapes]
+    panels[0].set_yticks(range(len(shapes)), labels)
+    panels[0].set_ylabel("rows x tokens, heads of K, V")
+    panels[0].invert_yaxis()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    figure.suptitle(report["device"], fontsize=10)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the JSON, print, draw, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path)
+    parser.add_argument("--output", required=True, type=Path, help="the picture; its ending chooses the format")
+    options = parser.parse_args(arguments)
+    report = json.loads(options.input.read_text())
+    print(table(report))
+    figure = plt.figure(figsize=(10, 4), layout="constrained")
+    draw(report, figure)
+    figure.savefig(options.output, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
