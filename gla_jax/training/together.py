@@ -7,6 +7,7 @@ program, `jax.vmap` over parameters and optimiser states, which makes many steps
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gla_jax.config import Config, ConfigError
+from gla_jax.config import Config, ConfigError, ModelConfig
 from gla_jax.data import Data, mqar, open_dataset
 from gla_jax.models import abstract_model
+from gla_jax.models.language_model import layer_mixers, mixer_options
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import TrainState, init_state
 from gla_jax.training.step import Batch, Metrics, make_eval_step, make_train_step
@@ -59,7 +61,7 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
         has seen enough stops asking.
 
     Raises:
-        ConfigError: the data cannot be served, or hold nothing out.
+        ConfigError: the data cannot be served, or hold nothing out; or attention by cuDNN on rows of documents.
     """
     start = time.monotonic()
     data = _open_dataset(config.data, seed=config.seed, vocab_size=config.model.vocab_size)
@@ -67,6 +69,8 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
         raise ConfigError(f"data.held_out={config.data.held_out} leaves nothing to evaluate; try 0.05.")
     vocab_size = config.model.vocab_size or data.vocab_size
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    if "segment_ids" in data.train_batch(0):
+        model = _with_attention_for_documents(model)
     config = dataclasses.replace(config, model=model, optimizer=dataclasses.replace(config.optimizer, offload=False))
     run_steps, evaluate = make_steps(config)
     rates = jnp.asarray(learning_rates, jnp.float32)
@@ -124,6 +128,22 @@ def stack_states(config: Config, count: int) -> TrainState:
     """Make the state before the first step, so many times: the learning rates start from the same parameters."""
     state = init_state(config, make_optimizer(config.optimizer, config.steps))
     return jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), state)
+
+
+def _with_attention_for_documents(model: ModelConfig) -> ModelConfig:
+    """Have attention computed by XLA: what jax makes of cuDNN's under `jax.vmap` fails on a mask for all heads."""
+    if "attention" not in layer_mixers(model):
+        return model
+    options = mixer_options(model, "attention")
+    if options.implementation == "cudnn":
+        raise ConfigError(
+            "model.mixers.attention.implementation=cudnn cannot be trained at several learning rates on rows of "
+            "several documents; leave it out for xla, or use train.py."
+        )
+    if options.implementation is None and jax.default_backend() == "gpu":
+        print("Attention runs by XLA here, which is slower: under vmap cuDNN's cannot mask documents.", file=sys.stderr)
+    attention = dataclasses.replace(options, implementation="xla")
+    return dataclasses.replace(model, mixers=model.mixers | {"attention": attention})
 
 
 def _calls(config: Config, data: Data) -> Iterator[tuple[int, int]]:

@@ -11,6 +11,7 @@ from tiny_config import get_config
 from gla_jax.config import ConfigError, build
 from gla_jax.data import open_dataset
 from gla_jax.evaluation import evaluate
+from gla_jax.layers.attention import AttentionOptions
 from gla_jax.models import abstract_model
 from gla_jax.parallel.mesh import make_mesh, place_batch
 from gla_jax.training.optimizer import make_optimizer
@@ -71,3 +72,10 @@ def test_progress_comes_with_every_evaluation_and_divergence_stays_with_its_mode
 def test_there_must_be_something_to_evaluate():
     with pytest.raises(ConfigError, match=r"data\.held_out=0\.0 leaves nothing to evaluate"):
         next(train_together(tiny(corpus="kjv", held_out=0.0), RATES))
+
+
+def test_cudnn_does_not_tell_documents_apart_here():
+    attention = {"attention": AttentionOptions(implementation="cudnn")}
+    config = dataclasses.replace(tiny(), model=dataclasses.replace(tiny().model, mixers=attention))
+    with pytest.raises(ConfigError, match=r"implementation=cudnn cannot be trained at several learning rates on rows"):
+        next(train_together(config, RATES))
