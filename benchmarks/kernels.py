@@ -13,6 +13,7 @@ outputs with no stored states, over that bandwidth; the rate is the FLOPs of chu
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib.util
 import json
@@ -76,20 +77,26 @@ def draw(shape):
     return normal(0, key_dim), normal(1, key_dim), normal(2, value_dim), gate, normal(4, value_dim)
 
 
-def time_jax(op, shape, copy_rate):
-    """Time an op of JAX at one shape; `op` takes query, key, value, log_decay and returns the output."""
-    _, _, _, key_dim, value_dim = shape
-    *arguments, d_out = draw(shape)
+def compile_jax(op, shape):
+    """Compile an op of JAX at one shape, forwards and both ways; it takes query, key, value, log_decay."""
+    *arguments, d_out = jax.eval_shape(lambda: draw(shape))
 
     def both(d_out, *x):
         out, pull_back = jax.vjp(op, *x)
         return out, pull_back(d_out)
 
-    tokens = shape[0] * shape[1] * shape[2]
+    return jax.jit(op).lower(*arguments).compile(), jax.jit(both).lower(d_out, *arguments).compile()
+
+
+def time_jax(forward, both, shape, copy_rate):
+    """Time what `compile_jax` made of an op."""
+    batch, time, heads, key_dim, value_dim = shape
+    *arguments, d_out = draw(shape)
+    tokens = batch * time * heads
     row = {}
-    for name, function, inputs, numbers, flops in (
+    for name, compiled, inputs, numbers, flops in (
         (
-            "forward", op, arguments, 3 * key_dim + 2 * value_dim,
+            "forward", forward, arguments, 3 * key_dim + 2 * value_dim,
             2 * CHUNK * (key_dim + value_dim) + 4 * key_dim * value_dim,
         ),
         (
@@ -97,7 +104,6 @@ def time_jax(op, shape, copy_rate):
             CHUNK * (8 * key_dim + 6 * value_dim) + 14 * key_dim * value_dim,
         ),
     ):  # fmt: skip
-        compiled = jax.jit(function).lower(*inputs).compile()
         memory = compiled.memory_analysis()
         row[name] = time_kernels(compiled, *inputs)
         peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -164,15 +170,14 @@ def time_torch(name, shape):
     return row
 
 
-def time_rival(name, shape, copy_rate):
-    """Time a rival at one shape, or say why not."""
-    try:
-        if name == "jla":
-            gla = importlib.import_module("jla.ops.mosaic_gpu.gla").gla
-            return time_jax(lambda *x: gla(*x)[0], shape, copy_rate)
-        return time_torch(name, shape)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+def ours(*x):
+    """Run the op."""
+    return gated_linear_attention(*x, implementation="mosaic_gpu")[0]
+
+
+def jla(*x):
+    """Run jax-linear-attention's."""
+    return importlib.import_module("jla.ops.mosaic_gpu.gla").gla(*x)[0]
 
 
 def main():
@@ -192,14 +197,27 @@ def main():
     rates = ceilings()
     report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **rates, "shapes": [], "steps": []}
     print({key: report[key] for key in ("device", "jax", *rates)}, flush=True)
-    ours = lambda *x: gated_linear_attention(*x, implementation="mosaic_gpu")[0]
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # while one shape is lowered, others are compiled
+        ops = {"ours": ours} | ({"jla": jla} if "jla" in rivals else {})
+        compiling = {
+            (name, shape): threads.submit(compile_jax, op, shape) for shape in shapes for name, op in ops.items()
+        }
     for shape in shapes:
-        row = {"B, T, H, K, V": shape, "ours": time_jax(ours, shape, rates["copy_TBps"])}
-        row |= {name: time_rival(name, shape, rates["copy_TBps"]) for name in rivals}
-        report["shapes"].append(row)
+        row = {"B, T, H, K, V": shape}
         for name in ("ours", *rivals):
-            figures = [part["ms"] for part in row[name].values()] if "error" not in row[name] else [row[name]["error"]]
+            try:
+                if name in ops:
+                    row[name] = time_jax(*compiling[name, shape].result(), shape, rates["copy_TBps"])
+                else:
+                    row[name] = time_torch(name, shape)
+                figures = [part["ms"] for part in row[name].values()]
+            except Exception as error:  # a rival that does not serve the shape
+                if name == "ours":
+                    raise
+                figures = [f"{type(error).__name__}: {str(error)[:200]}"]
+                row[name] = {"error": figures[0]}
             print(shape, name, *figures, flush=True)
+        report["shapes"].append(row)
         arguments.output.write_text(json.dumps(report, indent=1))
     for shape in STEPS:
         row = {"B, H, K, V": shape, **time_step(shape, rates["copy_TBps"])}

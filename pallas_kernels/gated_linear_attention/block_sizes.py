@@ -1,6 +1,7 @@
 """Tuned sizes of the kernels, by device kind and by the shape of the state.
 
-TPU sizes come from benchmarks/tpu_kernels.py, which compiles the candidates and ranks the compiler's estimates.
+TPU sizes come from benchmarks/tpu_kernels.py, which compiles the candidates and ranks the compiler's estimates; GPU
+sizes from benchmarks/gpu_block_sizes.py, which times them.
 """
 
 from dataclasses import dataclass
@@ -73,11 +74,38 @@ def tpu_block_sizes(device_kind: str, key_dim: int, value_dim: int) -> TpuBlockS
     return TpuBlockSizes(128, 1, 256, 1, 256, 1)
 
 
-def gpu_value_tile(value_dim: int, batch_heads: int) -> int:
-    """Return the value columns of a thread block, K <= 128: wide reads q, k, g less often, narrow fills the chip.
+@dataclass(frozen=True)
+class GpuBlockSizes:
+    """How the Hopper kernels cut their work.
 
-    Measured on an H100 of 132 multiprocessors: the forward pass of (B, T, H, K, V) = (4, 2048, 16, 128, 128) takes
-    0.082 ms with 64 columns and 0.102 ms with 128, which make 64 blocks only.
+    Attributes:
+        value_tile: Value columns of a thread block, in the kernels for K <= 128: wide tiles read q, k, g less often,
+            narrow ones fill the chip.
+        segments: How many pieces a row is cut into. Rows that are cut take the kernels of wide heads, whatever K.
     """
-    fills = batch_heads * value_dim // 128 >= 120
-    return 128 if value_dim % 128 == 0 and fills else 64
+
+    value_tile: int
+    segments: int
+
+
+# By K, V and by rows times heads up to which they are the best: value_tile, and whether rows are cut.
+_H100 = {
+    (64, 64): {16: (64, True), 32: (64, True), 64: (64, False)},
+    (128, 128): {16: (64, True), 32: (64, False), 64: (64, False), 128: (128, False)},
+    (128, 256): {16: (64, True), 32: (64, False), 64: (128, False)},
+    (256, 512): {8: (64, True), 16: (128, False)},
+}
+_MULTIPROCESSORS = 132  # of an H100 or H200; a cut row gives each at most one block of 128 value columns
+_LEAST_CHUNKS = 4  # of a segment
+_LEAST_CUT = 16  # chunks of a row that is worth more than one kernel
+
+
+def gpu_block_sizes(key_dim: int, value_dim: int, batch_heads: int, chunks: int) -> GpuBlockSizes:
+    """Return the sizes for a Hopper GPU, for so many rows times heads and chunks of a row."""
+    shapes = sorted(_H100.items())
+    table = next((t for (keys, values), t in shapes if key_dim <= keys and value_dim <= values), shapes[-1][1])
+    value_tile, cut = next((sizes for most, sizes in table.items() if batch_heads <= most), list(table.values())[-1])
+    segments = 1
+    if cut and chunks >= _LEAST_CUT:
+        segments = min(_MULTIPROCESSORS // (batch_heads * -(-value_dim // 128)), chunks // _LEAST_CHUNKS)
+    return GpuBlockSizes(value_tile if value_dim % value_tile == 0 else 64, max(segments, 1))

@@ -9,7 +9,7 @@ log decay changes nothing.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_linear_attention.block_sizes import gpu_value_tile
+from pallas_kernels.gated_linear_attention.block_sizes import gpu_block_sizes
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import backward_inputs
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_state import backward_state
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import backward_sweep
@@ -87,9 +87,14 @@ def _terms(decay):
     return high, (decay - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def _tile(query, value):
-    batch, _, heads, _ = query.shape
-    return gpu_value_tile(value.shape[-1], batch * heads)
+def _sizes(query, value):
+    batch, time, heads, key_dim = query.shape
+    return gpu_block_sizes(key_dim, value.shape[-1], batch * heads, -(-time // CHUNK))
+
+
+def _wide(query, sizes):
+    """Return whether a head's state is too wide for one thread block, or rows too few for one block each."""
+    return query.shape[-1] > 2 * SLAB or sizes.segments > 1
 
 
 def _sweeps(query, value, decay):
@@ -97,26 +102,23 @@ def _sweeps(query, value, decay):
     return query.shape[-1] == value.shape[-1] == SLAB and decay.dtype == jnp.bfloat16
 
 
-def _wide(query):
-    """Return whether a head's state is too wide for one thread block."""
-    return query.shape[-1] > 2 * SLAB
-
-
 def _attention(query, key, value, decay, initial_state, scale, gated, interpret):
     """Run the forward pass; `gated` is False where nobody asks for the gradient of the decay."""
     arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        return wide_forward(*arrays, **options)
-    return tuple(forward(*arrays, value_tile=_tile(query, value), **options))
+    sizes = _sizes(query, value)
+    if _wide(query, sizes):
+        return wide_forward(*arrays, segments=sizes.segments, **options)
+    return tuple(forward(*arrays, value_tile=sizes.value_tile, **options))
 
 
 def _attention_forward(query, key, value, decay, initial_state, scale, gated, interpret):
     arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        out, final_state, *saved = wide_forward(*arrays, save=True, **options)
+    sizes = _sizes(query, value)
+    if _wide(query, sizes):
+        out, final_state, *saved = wide_forward(*arrays, segments=sizes.segments, save=True, **options)
     else:
         save = "states" if _sweeps(query, value, decay) else "scores"
-        out, final_state, *saved = forward(*arrays, value_tile=_tile(query, value), save=save, **options)
+        out, final_state, *saved = forward(*arrays, value_tile=sizes.value_tile, save=save, **options)
     return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
 
 
@@ -124,15 +126,16 @@ def _attention_backward(scale, gated, interpret, residuals, gradients):
     query, key, value, decay, initial_state, saved = residuals  # of the initial state: whether there was one
     d_out, d_final = gradients
     arrays, options = (query, key, value, _terms(decay), d_out), {"scale": scale, "interpret": interpret}
-    if _wide(query):
-        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
+    sizes = _sizes(query, value)
+    if _wide(query, sizes):
+        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, segments=sizes.segments, **options)
     elif _sweeps(query, value, decay):
         states, exact, scores = saved
         dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, **options)
     else:
         states, exact, scores = saved
         of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
-        du, dv, d_initial = backward_state(*of_state, value_tile=_tile(query, value), **options)
+        du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, **options)
         dq, dk, dg = backward_inputs(*arrays, states, du, exact, at_edges=False, **options)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial

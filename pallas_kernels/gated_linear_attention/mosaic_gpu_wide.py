@@ -1,11 +1,12 @@
-"""Heads of more than 128 key channels on Hopper: gated tiles first, then walks that know nothing of gates.
+"""Wide heads and few rows on Hopper: gated tiles first, then walks that know nothing of gates.
 
-The state of such a head does not fit one thread block. Blocks that share a head would each make its gated tiles and
-each find out which chunks are exact; here `prepare` does both once, and `walk` serves forward and backward pass.
+The state of a head of more than 128 key channels does not fit one thread block. Blocks that share a head would each
+make its gated tiles and each find out which chunks are exact; here `prepare` does both once, and `walk` serves forward
+and backward pass.
 
-If the rows do not fill the chip, each is cut into segments. A first walk finds what every segment writes into a state
-of zero; with the decay over whole segments that gives the state before each (the paper's chunkwise form, with segments
-for chunks), from where all are walked side by side. Backwards it is the same with the gradient of the state.
+Rows that do not fill the chip, of any width, are cut into segments. A first walk finds what every segment writes into a
+state of zero; with the decay over whole segments that gives the state before each (the paper's chunkwise form, with
+segments for chunks), from where all are walked side by side. Backwards it is the same with the gradient of the state.
 """
 
 import jax.numpy as jnp
@@ -16,11 +17,8 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK
 from pallas_kernels.gated_linear_attention.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_linear_attention.mosaic_gpu_walk import walk
 
-_MULTIPROCESSORS = 132  # of an H100 or H200; a walk puts one block on each
-_LEAST_SEGMENTS = 4  # fewer win less than the first walk costs
 
-
-def wide_forward(q, k, v, g, initial_state, *, scale, save=False, interpret=False):
+def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, interpret=False):
     """Run the forward pass.
 
     Args:
@@ -29,6 +27,7 @@ def wide_forward(q, k, v, g, initial_state, *, scale, save=False, interpret=Fals
         g: one or two terms of the log decay; see `decay_source`.
         initial_state: [B, H, K, V] float32 or None.
         scale: of the query.
+        segments: how many pieces to cut a row into.
         save: return what `wide_backward` needs as well.
         interpret: run in the interpreter.
 
@@ -37,33 +36,24 @@ def wide_forward(q, k, v, g, initial_state, *, scale, save=False, interpret=Fals
     """
     gated_q, gated_k, scores, decay, exact = prepare(q, k, g, scale=scale, interpret=interpret)
     arrays = (gated_q, gated_k, v, scores, decay, initial_state)
-    out, final_state, *states = _walk(*arrays, save=save, interpret=interpret)
+    out, final_state, *states = _walk(*arrays, segments=segments, save=save, interpret=interpret)
     return (out, final_state, gated_q, gated_k, scores, decay, exact, *states) if save else (out, final_state)
 
 
-def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, interpret=False):
+def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, segments, interpret=False):
     """Return the gradients of q, k, v and g, one for each query head, and of the initial state."""
     gated_q, gated_k, scores, decay, exact, states = saved
     arrays = (gated_k, gated_q, d_out, scores, decay, d_final)
-    dv, d_initial, d_states = _walk(*arrays, reverse=True, save=True, interpret=interpret)
+    dv, d_initial, d_states = _walk(*arrays, segments=segments, reverse=True, save=True, interpret=interpret)
     options = {"at_edges": True, "scale": scale, "interpret": interpret}
     dq, dk, dg = backward_inputs(q, k, v, g, d_out, states, d_states, exact, **options)
     return dq, dk, dv, dg, d_initial
 
 
-def segment_chunks(chunks, blocks):
-    """Return the chunks of a segment: all of a row, or an even number if `blocks` are too few to fill the chip."""
-    segments = _MULTIPROCESSORS // blocks
-    if segments < _LEAST_SEGMENTS or chunks < 4 * segments:
-        return chunks
-    return 2 * pl.cdiv(chunks, 2 * segments)
-
-
-def _walk(read, write, x, scores, decay, start, *, reverse=False, save=False, interpret=False):
-    """Walk whole rows from `start` [B, H, K, V] or None, in segments if need be; return what `walk` does."""
-    batch, time, heads, _ = write.shape
-    chunks = pl.cdiv(time, CHUNK)
-    segment = segment_chunks(chunks, batch * heads * pl.cdiv(x.shape[-1], 128))
+def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save=False, interpret=False):
+    """Walk whole rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does."""
+    chunks = pl.cdiv(write.shape[1], CHUNK)
+    segment = chunks if segments == 1 else 2 * pl.cdiv(chunks, 2 * segments)  # even: every second state is kept
     common = {"reverse": reverse, "segment": segment, "interpret": interpret}
     starts = None if start is None else start[:, None]
     if segment < chunks:

@@ -1,12 +1,16 @@
 """The Hopper kernels in the interpreter against the recurrence in float64, and their lowering for CUDA."""
 
+import contextlib
 import functools
 import importlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from pallas_kernels.gated_linear_attention.block_sizes import GpuBlockSizes, gpu_block_sizes
 
 mosaic_gpu = importlib.import_module("pallas_kernels.gated_linear_attention.mosaic_gpu")
 NAMES = ("query", "key", "value", "log_decay", "initial_state")
@@ -20,6 +24,7 @@ CASES = {
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
     "constant": (1, 128, 1, 1, 64, 64, "constant", ""),
     "constant, wide": (1, 64, 1, 1, 64, 128, "constant scalar", "initial"),
+    "cut, odd chunks": (1, 320, 1, 1, 64, 64, "strong", "cut initial"),
 }
 QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
 
@@ -91,6 +96,7 @@ def check(shape, *, interpret, seed=0):
     arguments, cotangents = inputs(*shape, seed=seed)
     scale = 0.7 * shape[4] ** -0.5
     assert mosaic_gpu.unsupported(*arguments, chunk_size=None, interpret=interpret) is None
+    cut = mock.patch.object(mosaic_gpu, "gpu_block_sizes", lambda *_: GpuBlockSizes(64, segments=3))
 
     @jax.jit
     def run(differentiable, segment_ids, cotangents):
@@ -100,7 +106,8 @@ def check(shape, *, interpret, seed=0):
         results, pull_back = jax.vjp(op, *differentiable)
         return results, pull_back(cotangents)
 
-    results, gradients = run(arguments[:5], arguments[5], cotangents)
+    with cut if "cut" in shape[7] else contextlib.nullcontext():
+        results, gradients = run(arguments[:5], arguments[5], cotangents)
     expected, expected_gradients = truth(*arguments, scale, *cotangents)
     errors = {name: error(*pair) for name, *pair in zip(("out", "final_state"), results, expected, strict=True)}
     for name, value, gradient, right in zip(NAMES, arguments[:5], gradients, expected_gradients, strict=True):
@@ -126,7 +133,7 @@ def test_interpreter_matches_float64(case):
         (32, 1024, 16, 64, 64),
         pytest.param((16, 2048, 4, 128, 256), marks=pytest.mark.long),
         pytest.param((16, 2048, 4, 256, 512), marks=pytest.mark.long),
-        (1, 32768, 4, 256, 512),  # in segments
+        pytest.param((1, 32768, 4, 256, 512), marks=pytest.mark.long),  # cut
         pytest.param((4, 2048, 16, 128, 128), marks=pytest.mark.long),
         (1, 1000, 2, 96, 80),
     ],
@@ -148,7 +155,9 @@ def test_lowers_for_cuda(shape):
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    assert "gla_backward" in text and ("gla_forward" if key_dim <= 128 else "gla_walk") in text
+    cut = gpu_block_sizes(key_dim, value_dim, batch * heads, -(-time // 64)).segments > 1
+    assert cut == (batch == 1)
+    assert "gla_backward" in text and ("gla_walk" if cut or key_dim > 128 else "gla_forward") in text
 
 
 def test_recomputed_layers_run_no_kernel_for_nothing():
@@ -208,7 +217,9 @@ ON_A_GPU = {
     "one chunk, wider": (1, 64, 1, 1, 256, 64, "bfloat16", "initial"),
     "constant, wider": (1, 320, 1, 1, 256, 128, "constant", ""),
     "wider, float32, strong": (1, 192, 2, 1, 256, 128, "strong float32", "initial segments"),
-    "segments of rows": (1, 1024, 32, 32, 192, 64, "bfloat16", "initial"),
+    "cut, strong": (2, 320, 2, 1, 64, 64, "strong float32", "cut initial segments"),
+    "cut, wide": (1, 500, 2, 2, 128, 256, "bfloat16", "cut"),
+    "cut, wider": (1, 320, 1, 1, 192, 64, "bfloat16", "cut initial"),
 }
 
 
