@@ -1,0 +1,143 @@
+"""Draw the figures of docs/results.md: associative recall, what the gate is worth, loss by position.
+
+    python benchmarks/results_plot.py recall benchmarks/mqar_h100.jsonl --output=docs/mqar.png
+    python benchmarks/results_plot.py gates benchmarks/gates_h100.jsonl --output=docs/gates.png
+    python benchmarks/results_plot.py position benchmarks/by_position_h100/*.jsonl --output=docs/by_position.png
+
+The files are what `python -m gla_jax.sweep` wrote, and for `position` what `python -m gla_jax.evaluate --by-position`
+printed, a file for each model, named by what its line in the figure is to be called. Needs the extra `plot`.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Lines = list[dict[str, Any]]
+
+MIXERS = {
+    "gla": "GLA",
+    "attention": "attention",
+    "retention": "RetNet",
+    "mamba": "Mamba",
+    "linear_attention": "linear attention",
+}
+_PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 point; the text says attention has 100
+    (256, "gla"): {64: 99, 128: 99, 256: 99, 512: 99},
+    (256, "retention"): {64: 97, 128: 100, 256: 100, 512: 100},
+    (256, "mamba"): {64: 100, 128: 100, 256: 100, 512: 100},
+    (512, "gla"): {64: 22, 128: 95, 256: 100, 512: 100},
+    (512, "retention"): {64: 5, 128: 87, 256: 96, 512: 97},
+    (512, "mamba"): {64: 81, 128: 100, 256: 100, 512: 100},
+}
+_PAPER_GATES = {  # table 4, the logarithm of training perplexity
+    ("linear_attention", "none", 4): 3.145,
+    ("retention", "none", 4): 2.806,
+    ("linear_attention", "scalar", 4): 2.745,
+    ("gla", "none", 4): 2.693,
+    ("gla", "none", 1): 2.682,
+    ("gla", "none", 8): 2.727,
+}
+_GATE_NAMES = ("no gate", "RetNet", "scalar", "GLA, 4 heads", "GLA, 1 head", "GLA, 8 heads")
+
+
+def draw_recall(lines: Lines, figure: Any) -> None:
+    """Accuracy over width, a panel for each length: the best learning rate of each point, and the paper's figure."""
+    figure.set_size_inches(7, 3.2)
+    lengths = sorted({line["settings"]["data.sequence_length"] for line in lines})
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axes, length in zip(panels, lengths, strict=True):
+        here = [line for line in lines if line["settings"]["data.sequence_length"] == length]
+        for index, (mixer, name) in enumerate(MIXERS.items()):
+            best: dict[int, float] = {}
+            for line in here:
+                if line["point"]["model.mixer"] == mixer:
+                    size = line["point"]["model.hidden_size"]
+                    best[size] = max(best.get(size, 0.0), 100 * best_accuracy(line))
+            if best:
+                axes.plot(sorted(best), [best[size] for size in sorted(best)], "o-", color=f"C{index}", label=name)
+                paper = _PAPER_MQAR.get((length, mixer), {})
+                axes.plot(list(paper), list(paper.values()), ":", color=f"C{index}", linewidth=1)
+        pairs = here[0]["settings"]["data.pairs"]
+        axes.set(title=f"{length} tokens, {pairs} pairs", xlabel="width", xscale="log", ylim=(-3, 103))
+        axes.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        axes.minorticks_off()
+    panels[0].set_ylabel("accuracy, %")
+    panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+
+
+def draw_gates(lines: Lines, figure: Any) -> None:
+    """Training loss above GLA's with 4 heads, in nats, every seed a dot; and the paper's."""
+    figure.set_size_inches(6, 3)
+    found: dict[Any, list[float]] = defaultdict(list)
+    for line in lines:
+        point, last = line["point"], line["evaluations"][-1]
+        gate = point["model.mixers.linear_attention.gate"]
+        if last["step"] == line["settings"]["steps"]:
+            best = min(x for x in last["loss"] if x is not None)
+            found[point["model.mixer"], gate, point["model.num_heads"]].append(best)
+    axes = figure.subplots()
+    base = statistics.mean(found["gla", "none", 4])
+    ours = {key: [x - base for x in found[key]] for key in _PAPER_GATES if key in found}
+    places = [list(_PAPER_GATES).index(key) for key in ours]
+    axes.plot(places, [statistics.mean(gaps) for gaps in ours.values()], "_", color="C0", markersize=18)
+    dots = [(place, gap) for place, gaps in zip(places, ours.values(), strict=True) for gap in gaps]
+    axes.plot(*zip(*dots, strict=True), "o", color="C0", alpha=0.6, label="here, nats per byte")
+    paper = [loss - _PAPER_GATES["gla", "none", 4] for loss in _PAPER_GATES.values()]
+    axes.plot(range(len(paper)), paper, "x", color="C1", label="the paper, nats per token")
+    axes.set_yscale("symlog", linthresh=0.02)
+    axes.set_xticks(range(len(_GATE_NAMES)), _GATE_NAMES, fontsize=8)
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_ylabel("above GLA with 4 heads")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_position(models: dict[str, Lines], figure: Any) -> None:
+    """Loss over position, a line for each model."""
+    figure.set_size_inches(6, 3.4)
+    axes = figure.subplots()
+    for name, buckets in models.items():
+        middles = [(one["from"] + one["to"]) / 2 for one in buckets]
+        axes.plot(middles, [one["loss"] for one in buckets], "o-", markersize=3, label=name)
+    axes.set(xlabel="position", ylabel="loss, nats per token", yscale="log")
+    axes.yaxis.set_major_formatter("{x:.1f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def best_accuracy(line: dict[str, Any]) -> float:
+    """Return the highest accuracy that a point of a sweep came to."""
+    return max(x for one in line["evaluations"] for x in one["eval/accuracy"] if x is not None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read lines of JSON, draw, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=("recall", "gates", "position"))
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="lines of JSON")
+    parser.add_argument("--output", required=True, type=Path, help="the picture; its ending chooses the format")
+    options = parser.parse_args(arguments)
+    files = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in options.inputs}
+    figure = plt.figure(layout="constrained")
+    if options.figure == "position":
+        draw_position(files, figure)
+    else:
+        lines = [line for each in files.values() for line in each]
+        (draw_recall if options.figure == "recall" else draw_gates)(lines, figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(options.output, dpi=160)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
