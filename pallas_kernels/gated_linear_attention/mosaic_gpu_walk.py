@@ -5,11 +5,12 @@ With what `mosaic_gpu_prepare` makes, the recurrence and its gradient are the sa
     forwards   o  = q~ S  + A v        S  <- Diag(e^{G_last}) S  + k~^T v       S  at the start of a chunk
     backwards  dv = k~ dS + A^T do     dS <- Diag(e^{G_last}) dS + q~^T do      dS at its end
 
-One thread block walks a row, head and 128 value columns. Its two consumer warpgroups hold the state of 64 columns each,
-transposed, [64, K] in float32 registers: so it multiplies from the left as it is, and decays along its columns. They
-share nothing but the tiles that the third warpgroup copies in. Two blocks of a head make a cluster and read each tile
-once. Rows too few to fill the chip are walked in segments side by side, from states that a first walk, which writes no
-output, has found; see `mosaic_gpu_wide`.
+One thread block walks a row, head and 128 value columns, or 64 where 128 would leave half of the chip idle. A consumer
+warpgroup holds the state of 64 columns, transposed, [64, K] in float32 registers: so it multiplies from the left as it
+is, and decays along its columns. Two of a block share nothing but the tiles that another warpgroup copies in. Two
+blocks of a head make a cluster and read each tile once, and all blocks of a head start together, to find in the L2
+cache what one of them has read. Rows too few to fill the chip are walked in segments side by side, from states that a
+first walk, which writes no output, has found; see `mosaic_gpu_wide`.
 """
 
 import functools
@@ -41,9 +42,12 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
 
 COLUMNS = 64  # value columns of one warpgroup
 STAGES = 2  # chunks in shared memory
+_MULTIPROCESSORS = 132  # of an H100 or H200
 
 
-def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, segment=None, interpret=False):
+def walk(
+    read, write, x, scores, decay, start, *, reverse=False, save=False, segment=None, value_tile=None, interpret=False
+):
     """Walk every row, or each of its segments, chunk by chunk.
 
     Args:
@@ -56,6 +60,7 @@ def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, seg
         reverse: walk from the last chunk to the first, with A^T.
         save: return what the backward pass needs of the states.
         segment: chunks of a segment, an even number; None: the whole row.
+        value_tile: value columns of a thread block, 64 or 128; None: what fills the chip.
         interpret: run in the interpreter.
 
     Returns:
@@ -68,8 +73,10 @@ def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, seg
     chunks, slabs = pl.cdiv(time, CHUNK), key_dim // SLAB
     segment = segment or chunks
     segments = pl.cdiv(chunks, segment)
-    consumers = 2 if value_dim % (2 * COLUMNS) == 0 else 1
-    tiles = value_dim // (consumers * COLUMNS)
+    if value_tile is None:
+        fills = 2 * batch * segments * heads * (value_dim // (2 * COLUMNS)) > _MULTIPROCESSORS
+        value_tile = 2 * COLUMNS if value_dim % (2 * COLUMNS) == 0 and fills else COLUMNS
+    consumers, tiles = value_tile // COLUMNS, value_dim // value_tile
     blocks = 2 if tiles % 2 == 0 else 1  # of a cluster
     widths = [pl.ds(first, min(2 * SLAB, key_dim - first)) for first in range(0, key_dim, 2 * SLAB)]
 
@@ -249,8 +256,8 @@ def walk(read, write, x, scores, decay, start, *, reverse=False, save=False, seg
         interpret=interpret,
         warpgroups=1 + consumers,
         out_type=out_type,
-        grid=(tiles // blocks, heads, batch * segments),
-        grid_names=("v", "h", "b"),
+        grid=(batch * segments, heads, tiles // blocks),
+        grid_names=("b", "h", "v"),  # the last runs fastest
         scratch_types=scratch,
         **({"cluster": (blocks,), "cluster_names": ("c",)} if blocks > 1 else {}),
     )
