@@ -5,8 +5,9 @@
 Ours is `gated_linear_attention` with bfloat16 gates, forward alone and forward with backward, timed by CUPTI: kernels
 only, medians. Rivals that are not installed are left out: "cudnn" and "flash_attention_2" are torch's causal attention
 of the same width, "jla" is jax-linear-attention's `gla`, "fla" is flash-linear-attention's `chunk_gla`, which tunes
-itself for minutes at every new head size and is therefore timed only where --rivals names it. Torch is timed by CUDA
-events after a flush of the L2 cache. The inputs of every shape exceed that cache, so ours start cold as well.
+itself for minutes at every new head size and is therefore timed only where --rivals names it, at one shape of each.
+Torch is timed by CUDA events after a flush of the L2 cache. The inputs of every shape exceed that cache, so ours start
+cold as well.
 
 Copy bandwidth and matrix rate of the GPU are measured first. The floor is the bytes that must move once, inputs and
 outputs with no stored states, over that bandwidth; the rate is the FLOPs of chunks of 64 tokens over the time.
@@ -204,7 +205,8 @@ def main():
         }
     for shape in shapes:
         row = {"B, T, H, K, V": shape}
-        for name in ("ours", *rivals):
+        new_heads = all(other[3:] != shape[3:] for other in shapes[: shapes.index(shape)])
+        for name in ("ours", *(name for name in rivals if name != "fla" or new_heads)):
             try:
                 if name in ops:
                     row[name] = time_jax(*compiling[name, shape].result(), shape, rates["copy_TBps"])
