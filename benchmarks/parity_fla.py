@@ -1,0 +1,195 @@
+"""Compare our GLA on a GPU with that of fla, through its chunk kernels: both against the same model in float64.
+
+    python benchmarks/parity_fla.py --torch=venv/bin/python --output=parity_fla.json
+
+`--torch` is a Python that has torch, transformers and flash-linear-attention; it may be the same. fla makes a model of
+random parameters and saves it, `gla_jax.convert` imports it. Both compute in bfloat16 over float32 parameters. Reported
+is the relative root mean square of the difference from the truth, theirs and ours, of logits, loss, the gradient of
+every parameter, and tokens decoded from a state; then the losses of ten steps of AdamW on the same batches. What ours
+has become by then is exported, and fla loads it. See parity_fla_torch.py for the truth.
+
+Exits with 1 if ours is further from the truth than fla's by more than a tenth, on average over parameters for
+gradients, or if a loss differs by more than a thousandth.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from gla_jax.config import CheckpointConfig, Config, MeshConfig, OptimizerConfig, as_dict
+from gla_jax.interop import export_model, import_model
+from gla_jax.interop.architectures import ARCHITECTURES
+from gla_jax.interop.folder import flatten, names_of, to_theirs
+from gla_jax.interop.safetensors import open_file
+from gla_jax.interop.translation import with_formats
+from gla_jax.models import abstract_model, bind
+from gla_jax.parallel.mesh import make_mesh
+from gla_jax.training.checkpoint import CheckpointWriter, restore_params
+from gla_jax.training.loss import cross_entropy
+from gla_jax.training.optimizer import make_optimizer
+from gla_jax.training.state import TrainState, init_state
+from gla_jax.training.step import make_train_step
+
+THEIRS = Path(__file__).with_name("parity_fla_torch.py")
+OPTIMIZER = OptimizerConfig(
+    learning_rate=3e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0
+)
+"""As in parity_fla_torch.py."""
+DECODED = 8
+SLACK, LOSS_TOLERANCE = 1.1, 1e-3
+
+Errors = dict[str, Any]
+
+
+def relative(found: Any, truth: Any) -> float:
+    """Return the root mean square of the difference over that of the truth."""
+    found, truth = np.asarray(found, np.float32), np.asarray(truth, np.float32)
+    return float(np.linalg.norm((found - truth).ravel()) / np.linalg.norm(truth.ravel()))
+
+
+def batch_of(tokens: np.ndarray) -> dict[str, jax.Array]:
+    """Return a batch that predicts every token but the first."""
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    arrays = {"inputs": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": weights}
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def read_run(source: Path, workdir: Path) -> tuple[Config, Any, Any]:
+    """Import fla's model; return a config that trains it as fla's is, the graphdef and the parameters."""
+    config = import_model(source, workdir)
+    compute = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    config = dataclasses.replace(with_formats(config, "float32", compute), optimizer=OPTIMIZER)
+    graphdef, abstract = abstract_model(config.model, config.dtype)
+    params, _ = restore_params(workdir / "checkpoints", abstract, print)
+    return config, graphdef, params
+
+
+def measure_once(config: Config, graphdef: Any, params: Any, truth: dict[str, Any], loss: float) -> Errors:
+    """Return how far from the truth logits, loss, gradients, and logits of decoded tokens are."""
+    tokens = truth["batches"].read()[0]
+    batch = batch_of(tokens)
+
+    def loss_of(params: Any) -> jax.Array:
+        model = bind(graphdef, params)
+        hidden, _ = model.hidden_states(batch["inputs"])
+        total, sums = cross_entropy(hidden, model.head_matrix(), batch["targets"], batch["weights"])
+        return total / sums["weight"]
+
+    call = jax.jit(lambda params, tokens, state: bind(graphdef, params)(tokens, state))
+    true_logits = truth["logits"].read()
+    errors: Errors = {"logits": relative(call(params, tokens, None)[0], true_logits), "decode": []}
+    _, state = call(params, tokens[:, :-DECODED], None)
+    for step in range(-DECODED, 0):
+        logits, state = call(params, tokens[:, step][:, None], state)
+        errors["decode"].append(relative(logits[:, 0], true_logits[:, step]))
+    found, gradients = jax.jit(jax.value_and_grad(loss_of))(params)
+    errors["loss"] = abs(float(found) - loss) / loss
+    errors["gradients"] = {}
+    for ours, gradient in flatten(jax.tree.map(np.asarray, gradients)):
+        places = names_of(ours, config.model, ARCHITECTURES["gla"])
+        assert places is not None
+        for names, layer in zip(places.names, gradient if places.stacked else [gradient], strict=True):
+            expected = truth[f"gradient.{names[0]}"].read()
+            errors["gradients"][names[0]] = relative(to_theirs(ours.rpartition("/")[2], layer), expected)
+    return errors
+
+
+def train(config: Config, graphdef: Any, params: Any, batches: np.ndarray) -> tuple[TrainState, list[float]]:
+    """Take a step of the trainer for every batch, and return the losses before each."""
+    optimizer = make_optimizer(config.optimizer, len(batches))
+    step, state, losses = make_train_step(config, graphdef, optimizer), init_state(config, optimizer, params), []
+    for tokens in batches:
+        state, metrics = step(state, batch_of(tokens))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def export(config: Config, graphdef: Any, state: TrainState, tokens: np.ndarray, folder: Path) -> Path:
+    """Save a state as a run does, export it, and add what our model says of some tokens."""
+    run, target = folder / "run", folder / "exported"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(as_dict(config)))
+    with CheckpointWriter(run / "checkpoints", CheckpointConfig(), start=0) as writer:
+        writer.save(state, step=len(tokens), data_fingerprint="")
+    export_model(run, target)
+    logits, _ = jax.jit(lambda params: bind(graphdef, params)(tokens[0]))(state.params)
+    np.savez(target / "logits.npz", input_ids=tokens[0], logits=logits)
+    return target
+
+
+def compare(report: dict[str, Any]) -> list[str]:
+    """Add to the report how ours and theirs relate, and return what is not as close as it must be."""
+    ours, complaints = report["gla_jax"], []
+    report["ours_over_theirs"], report["losses_differ"] = {}, {}
+    for way, theirs in report["fla"].items():
+        each = {name: error / theirs["gradients"][name] for name, error in ours["gradients"].items()}
+        ratios = {
+            "logits": ours["logits"] / theirs["logits"],
+            "decode": statistics.mean(ours["decode"]) / statistics.mean(theirs["decode"]),
+            "gradients": statistics.geometric_mean(each.values()),
+        }
+        complaints += [
+            f"{name}: {ratio:.2f} times the error of fla, {way}." for name, ratio in ratios.items() if ratio > SLACK
+        ]
+        worst = max(each, key=lambda name: each[name])
+        report["ours_over_theirs"][way] = ratios | {"worst gradient": each[worst], "which": worst}
+        pairs = zip(ours["losses"], theirs["losses"], strict=True)
+        report["losses_differ"][way] = differ = max(abs(mine - other) / other for mine, other in pairs)
+        if differ > LOSS_TOLERANCE:
+            complaints.append(f"A loss differs by {differ:.1e} from that of fla, {way}.")
+    return complaints
+
+
+def run(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Have both halves compute, and return what there is to say of a layout."""
+    theirs = [options.torch, str(THEIRS)]
+    source = folder / "fla"
+    subprocess.run([*theirs, "make", str(source), f"--layout={layout}", f"--tuning={options.tuning}"], check=True)
+    report: dict[str, Any] = json.loads((source / "report.json").read_text())
+    truth = open_file(source / "truth.safetensors")
+    config, graphdef, params = read_run(source, folder / "imported")
+    batches = truth["batches"].read()
+    errors = measure_once(config, graphdef, params, truth, report["loss"])
+    state, errors["losses"] = train(config, graphdef, params, batches)
+    exported = export(config, graphdef, state, batches, folder)
+    del state
+    subprocess.run([*theirs, "check", str(exported), f"--tuning={options.tuning}"], check=True)
+    return report | {"gla_jax": errors, "exported": json.loads((exported / "report.json").read_text())}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compare every layout and write the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="one that has torch and fla")
+    parser.add_argument("--layouts", default="340m,1.3b", help="of parity_fla_torch.py, by comma")
+    parser.add_argument("--tuning", choices=("full", "brief"), default="full", help="brief: few of Triton's choices")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON")
+    options = parser.parse_args(arguments)
+    report: dict[str, Any] = {"tuning": options.tuning, "layouts": {}}
+    complaints = []
+    for layout in options.layouts.split(","):
+        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh(MeshConfig())):
+            found = report["layouts"][layout] = run(layout, options, Path(folder))
+        report |= {"device": jax.devices()[0].device_kind, "versions": found.pop("versions") | {"jax": jax.__version__}}
+        complaints += [f"{layout}: {complaint}" for complaint in compare(found)]
+        print(layout, found["ours_over_theirs"], found["losses_differ"], found["exported"], flush=True)
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    if complaints:
+        sys.exit("\n".join(complaints))
+
+
+if __name__ == "__main__":
+    main()
