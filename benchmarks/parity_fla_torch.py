@@ -97,7 +97,8 @@ def gla(q, k, v, g):
     length = q.shape[1]
     pad = -length % CHUNK
     chunks = [F.pad(x, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, CHUNK)).transpose(2, 3).unbind(1) for x in (q, k, v, g)]
-    state, outs = 0.0, []
+    state: torch.Tensor | float = 0.0
+    outs: list[torch.Tensor] = []
     for q, k, v, g in zip(*chunks, strict=True):  # [B, H, C, K or V]
         total = g.cumsum(2)
         q, last = q * total.exp(), total[:, :, -1:]

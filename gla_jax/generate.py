@@ -11,8 +11,11 @@ and every prompt is continued `--samples` times. A text starts like a document o
 which is the default, lets the model begin one.
 """
 
+import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,32 +127,54 @@ def _continue_one(model: Any, tokenizer: Any, prompt: str, room: int | None) -> 
         session.feed(tokens)
     else:
         session.feed(tokens[_READ_AT_ONCE:])
-    if not _INTERACTIVE.value:
+    if _INTERACTIVE.value:
+        _converse(session, tokenizer)
+    else:
         print(prompt, end="", flush=True)
-        _show(session, tokenizer)
-    while _INTERACTIVE.value:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            break
-        session.feed(tokenizer.encode(line).tolist())
-        try:
-            _show(session, tokenizer)
-        except KeyboardInterrupt:  # enough of this one
-            print()
+        _show(session, tokenizer, threading.Event())
     if _SAVE_STATE.value:
         session.save(Path(_SAVE_STATE.value))
 
 
-def _show(session: Any, tokenizer: Any) -> None:
+def _converse(session: Any, tokenizer: Any) -> None:
+    """Read lines until there are no more, and go on with the text after each."""
+    if sys.stdin.isatty():
+        print(
+            "What you type is read as the text's next words; an empty line lets the model go on by itself. "
+            "Ctrl-C stops it, Ctrl-D ends.",
+            file=sys.stderr,
+        )
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        with _interruptible() as enough:
+            session.feed(tokenizer.encode(line).tolist())
+            _show(session, tokenizer, enough)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Have Ctrl-C set an event: an exception could come while a state is being replaced by the next, and lose both."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show(session: Any, tokenizer: Any, enough: threading.Event) -> None:
+    """Print the text as it is drawn, until its end or until the event is set."""
     from gla_jax.inference.text import TextStream
 
     stream = TextStream(tokenizer, stops=_stops(), max_tokens=_TOKENS.value)
     left = _TOKENS.value
     # Where the state is used again, it must not hold tokens from beyond the end.
     at_a_time = 1 if _INTERACTIVE.value or _SAVE_STATE.value else _SHOWN_AT_A_TIME
-    while left and stream.ended_by is None:
+    while left and stream.ended_by is None and not enough.is_set():
         count = min(left, at_a_time)
         stream.add(session.draw(count)[0].tolist())
         left -= count
