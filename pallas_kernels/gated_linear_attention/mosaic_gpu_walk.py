@@ -46,7 +46,19 @@ _MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def walk(
-    read, write, x, scores, decay, start, *, reverse=False, save=False, segment=None, value_tile=None, interpret=False
+    read,
+    write,
+    x,
+    scores,
+    decay,
+    start,
+    *,
+    reverse=False,
+    save=False,
+    ends=True,
+    segment=None,
+    value_tile=None,
+    interpret=False,
 ):
     """Walk every row, or each of its segments, chunk by chunk.
 
@@ -59,14 +71,15 @@ def walk(
         start: [B, segments, H, K, V] float32, the states before the segments, or None for zeros.
         reverse: walk from the last chunk to the first, with A^T.
         save: return what the backward pass needs of the states.
+        ends: return the states after the segments.
         segment: chunks of a segment, an even number; None: the whole row.
         value_tile: value columns of a thread block, 64 or 128; None: what fills the chip.
         interpret: run in the interpreter.
 
     Returns:
-        If there is a `read` the output [B, T, H, V] bfloat16; always the states after the segments [B, segments, H, K,
-        V] float32; with `save` the states S before even chunks or, in reverse, before the odd ones and the last, in
-        bfloat16, [B, H, ceil(N / 2), K, V].
+        If there is a `read` the output [B, T, H, V] bfloat16; with `ends` the states after the segments [B, segments,
+        H, K, V] float32; with `save` the states S before even chunks or, in reverse, before the odd ones and the last,
+        in bfloat16, [B, H, ceil(N / 2), K, V].
     """
     batch, time, heads, key_dim = write.shape
     value_dim, group = x.shape[-1], heads // x.shape[2]
@@ -81,7 +94,8 @@ def walk(
     widths = [pl.ds(first, min(2 * SLAB, key_dim - first)) for first in range(0, key_dim, 2 * SLAB)]
 
     out_type = [] if read is None else [result((batch, time, heads, value_dim), BF16, write)]
-    out_type.append(result((batch, segments, heads, key_dim, value_dim), F32, write))
+    if ends:
+        out_type.append(result((batch, segments, heads, key_dim, value_dim), F32, write))
     if save:
         out_type.append(result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, write))
     reads, starts = read is not None, start is not None
@@ -92,8 +106,7 @@ def walk(
         take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
         read_ref, scores_ref = take(2, reads)
         write_ref, x_ref, decay_ref = take(3)
-        (start_ref,), (out_ref,), (end_ref,) = take(1, starts), take(1, reads), take(1)
-        (states_ref,) = take(1, save)
+        (start_ref,), (out_ref,), (end_ref,), (states_ref,) = (take(1, x) for x in (starts, reads, ends, save))
         write_s, x_s, decay_s, write_full, write_free, x_full, x_free, done = take(8)
         read_s, scores_s, out_s, read_full, read_free = take(5, reads)
         (states_s,) = take(1, save)
@@ -217,7 +230,7 @@ def walk(
             else:
                 state = load_turned(start_ref.at[row, part, head, :, mine], interpret)
             state = lax.fori_loop(0, steps, chunk, state)
-            for s in range(slabs):
+            for s in range(slabs if ends else 0):
                 end_ref.at[row, part, head, slab(s), mine].T[...] = flip(of_slab(state, s))
             plgpu.wait_smem_to_gmem(0)
 
