@@ -40,6 +40,7 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "bfloat16": {},
     "bfloat16, chunked": {"model.mixers.gla.implementation": "chunked"},
+    "float8 products": {"dtype.matmul": "float8"},
 }
 """What each form sets; the best kernels that there are unless it says otherwise."""
 BASE = {

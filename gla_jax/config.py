@@ -183,6 +183,8 @@ class DtypeConfig:
 
     params: str = "float32"
     compute: str = "bfloat16"
+    matmul: str = "compute"
+    """Of the factors of products with weights inside layers: "compute", or "float8" (e4m3, and e5m2 for gradients)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,6 +463,7 @@ _CHOICES = {
     "optimizer.spike_policy": ("none", "stop", "skip"),
     "dtype.params": ("float32", "bfloat16"),
     "dtype.compute": ("float32", "bfloat16"),
+    "dtype.matmul": ("compute", "float8"),
 }
 
 

@@ -5,6 +5,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from gla_jax.layers.float8 import float8_dot
 from gla_jax.layers.recompute import recomputed
 from gla_jax.parallel.sharding import axis_size, gather_weight
 
@@ -12,11 +13,16 @@ from gla_jax.parallel.sharding import axis_size, gather_weight
 class Linear(nnx.Linear):
     """A linear map of the last axis; how to make one, see `linear`."""
 
+    float8 = False
+    """Multiply in 8-bit floats; see `float8_dot`."""
+
     def __call__(self, inputs: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
         """Map inputs [B, T, features] to [B, T, features]."""
         # Only the product itself has to be done: a gradient needs the inputs and the kernel as they came, neither cast
         # nor in rows nor gathered, and shares them with whoever else keeps them.
-        return recomputed(lambda inputs: self._multiply(inputs, out_sharding))(inputs)
+        # In 8 bits it is the other way round: what a gradient needs are the factors as they were rounded.
+        multiply = lambda inputs: self._multiply(inputs, out_sharding)
+        return multiply(inputs) if self.float8 else recomputed(multiply)(inputs)
 
     def _multiply(self, inputs: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
@@ -28,8 +34,11 @@ class Linear(nnx.Linear):
             # transposes both factors on the CPU, which costs more than the product.
             inputs = inputs.reshape(-1, shape[-1])
             out_sharding = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
-        last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(inputs, kernel, last_with_first, out_sharding=out_sharding)
+        if self.float8:
+            y = float8_dot(inputs, kernel, out_sharding)
+        else:
+            last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
+            y = jax.lax.dot_general(inputs, kernel, last_with_first, out_sharding=out_sharding)
         return (y if bias is None else y + bias).reshape(*shape[:-1], -1)
 
 

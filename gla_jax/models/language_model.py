@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from gla_jax.config import ConfigError, ModelConfig
 from gla_jax.layers import MIXERS
 from gla_jax.layers.check import check_one_of
+from gla_jax.layers.float8 import FLOAT8_LEAST
 from gla_jax.layers.linear import Linear, linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
@@ -132,6 +133,7 @@ class LanguageModel(nnx.Module):
         config: sizes and mixers; `vocab_size` must be set.
         compute_dtype: dtype of activations; parameters are cast to it where they are used.
         param_dtype: dtype that parameters are held in.
+        float8: multiply with the layers' weights in 8-bit floats; not in the head.
         rngs: source of randomness.
 
     Raises:
@@ -144,6 +146,7 @@ class LanguageModel(nnx.Module):
         *,
         compute_dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        float8: bool = False,
         rngs: nnx.Rngs,
     ):
         check(config)
@@ -164,6 +167,10 @@ class LanguageModel(nnx.Module):
                 config, mixer, dtype=compute_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(key)
             )
             setattr(self, name, jax.vmap(block)(jax.random.split(rngs.params(), count)))
+        if float8:
+            for _, module in nnx.iter_graph(self):
+                if isinstance(module, Linear):
+                    module.float8 = min(module.in_features, module.out_features) >= FLOAT8_LEAST
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
         self.head = nnx.data(None)
         if not config.tie_embeddings:

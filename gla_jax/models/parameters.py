@@ -123,7 +123,11 @@ def parameter_table(abstract_params: Params) -> list[ParameterRow]:
 
 def _make(config: ModelConfig, dtype: DtypeConfig, key: jax.Array) -> LanguageModel:
     return LanguageModel(
-        config, compute_dtype=jnp.dtype(dtype.compute), param_dtype=jnp.dtype(dtype.params), rngs=nnx.Rngs(key)
+        config,
+        compute_dtype=jnp.dtype(dtype.compute),
+        param_dtype=jnp.dtype(dtype.params),
+        float8=dtype.matmul == "float8",
+        rngs=nnx.Rngs(key),
     )
 
 
