@@ -3,7 +3,7 @@
 Command    python -m gla_jax.sweep --config=configs/gates.py --output=runs/gates.jsonl \\
                --over='model.mixer, model.mixers.linear_attention.gate, model.num_heads =
                        linear_attention:none:4, retention:none:4, linear_attention:scalar:4,
-                       gla:none:4, gla:none:1, gla:none:8' --over=seed=0,1,2
+                       gla:none:4, gla:none:1, gla:none:8' --seeds=0,1,2
            No gate; one that is constant for each head; one number from the data for each head; GLA's, a number for each
            key channel, with 4, 1 and 8 heads. All have keys of half the width and values of the whole width.
 Hardware   one GPU

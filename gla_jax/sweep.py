@@ -28,14 +28,27 @@ _OVER = flags.DEFINE_multi_string(
 _LEARNING_RATES = flags.DEFINE_list(
     "learning_rates", [], "Trained at once at every point; by default the config's optimizer.learning_rate."
 )
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    None,
+    "Of the parameters: trained at once, each at every learning rate, on the batches of config.seed, which is the "
+    "default.",
+)
 _SOLVED = flags.DEFINE_float(
-    "solved", None, "End a point when eval/accuracy reaches this at one learning rate.", lower_bound=0, upper_bound=1
+    "solved", None, "End a point when eval/accuracy reaches this with one model.", lower_bound=0, upper_bound=1
 )
 
 
 def main(overrides: dict[str, str]) -> None:
     """Train the points that are missing."""
-    from gla_jax.training.points import learning_rates, make_points, read_points, shared_settings, train_point
+    from gla_jax.training.points import (
+        learning_rates,
+        make_points,
+        read_points,
+        read_seeds,
+        shared_settings,
+        train_point,
+    )
 
     points = make_points(_OVER.value)
     varied = {name for point in points for name in point}
@@ -45,7 +58,8 @@ def main(overrides: dict[str, str]) -> None:
     rates = learning_rates(_LEARNING_RATES.value, configs[0])
     if "optimizer.learning_rate" in varied:
         raise ConfigError("optimizer.learning_rate cannot be an axis of --over; list its values in --learning_rates.")
-    settings = shared_settings(configs, varied, rates, _SOLVED.value)
+    seeds = read_seeds(_SEEDS.value)
+    settings = shared_settings(configs, varied, rates, _SOLVED.value, seeds)
     output = Path(_OUTPUT.value)
     done = read_points(output, settings)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +70,7 @@ def main(overrides: dict[str, str]) -> None:
             print(f"{title}: done before", file=sys.stderr)
             continue
         print(title, file=sys.stderr, flush=True)
-        line = {"point": named, **train_point(config, rates, _SOLVED.value), "settings": settings}
+        line = {"point": named, **train_point(config, rates, _SOLVED.value, seeds), "settings": settings}
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -65,13 +65,32 @@ def learning_rates(texts: Sequence[str], config: Config) -> list[float]:
     return rates
 
 
+def read_seeds(texts: Sequence[str] | None) -> list[int] | None:
+    """Read --seeds.
+
+    Raises:
+        ConfigError: one that is no number from 0 on, or that comes twice.
+    """
+    for text in texts or []:
+        if not (text.isascii() and text.isdecimal()):
+            raise ConfigError(f"--seeds: {text!r} must be a whole number, 0 or more.")
+    seeds = [int(text) for text in texts or []]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds={','.join(texts or [])} has one twice; name each once.")
+    return seeds or None
+
+
 def shared_settings(
-    configs: Sequence[Config], varied: set[str], rates: Sequence[float], solved: float | None
+    configs: Sequence[Config],
+    varied: set[str],
+    rates: Sequence[float],
+    solved: float | None,
+    seeds: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return what all lines of a file must have in common: {field: value} of the config, and of the sweep."""
     fields = {name: value for name, value in flat(configs[0]).items() if name not in varied}
     del fields["optimizer.learning_rate"]
-    return json.loads(json.dumps(fields | {"learning_rates": list(rates), "solved": solved}))
+    return json.loads(json.dumps(fields | {"learning_rates": list(rates), "solved": solved, "seeds": seeds}))
 
 
 def read_points(path: Path, settings: dict[str, Any]) -> set[str]:
@@ -103,17 +122,20 @@ def read_points(path: Path, settings: dict[str, Any]) -> set[str]:
     return done
 
 
-def train_point(config: Config, rates: Sequence[float], solved: float | None) -> dict[str, Any]:
-    """Train a point to its end, or until it is solved.
+def train_point(
+    config: Config, rates: Sequence[float], solved: float | None, seeds: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Train a point to its end, or until it is solved; the arguments are those of `train_together`.
 
     Returns:
         What a line says of it: device, steps, seconds, whether it was solved, and its evaluations, in which lists have
-        an entry for each learning rate.
+        an entry for each model.
     """
     evaluations = []
     is_solved = False
-    for progress in train_together(config, rates):
-        print(f"  {_describe(progress, config.steps, rates)}", file=sys.stderr, flush=True)
+    of_models = [rate for rate in rates for _ in seeds or [config.seed]]
+    for progress in train_together(config, rates, seeds):
+        print(f"  {_describe(progress, config.steps, of_models)}", file=sys.stderr, flush=True)
         evaluations.append(
             {
                 "step": progress.step,

@@ -1,7 +1,7 @@
-"""Train one model at several learning rates at once: a point of a sweep.
+"""Train one model at several learning rates, and from several initialisations, at once: a point of a sweep.
 
-Models of a few million parameters leave a device idle between two steps. Here the learning rates of a point are one
-program, `jax.vmap` over parameters and optimiser states, which makes many steps before it returns.
+Models of a few million parameters leave a device idle between two steps. Here the models of a point are one program,
+`jax.vmap` over parameters and optimiser states, which makes many steps before it returns.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _open_dataset = functools.lru_cache(maxsize=1)(open_dataset)  # the next point m
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What an evaluation found. The lists have an entry for each learning rate."""
+    """What an evaluation found. The lists have an entry for each model."""
 
     step: int
     loss: list[float]
@@ -46,15 +46,19 @@ class Progress:
     """Since training began, compilation included."""
 
 
-def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[Progress]:
-    """Train a model at several learning rates, on the same batches, on the default device.
+def train_together(
+    config: Config, learning_rates: Sequence[float], seeds: Sequence[int] | None = None
+) -> Iterator[Progress]:
+    """Train a model at several learning rates, from several initialisations, on the same batches, on one device.
 
-    Every model makes the steps that `gla_jax.training.train` would make with its learning rate on one device. The
-    config's mesh and what it says of checkpoints, samples, profiles and logs is not used.
+    Every model makes the steps that `gla_jax.training.train` would make with its learning rate on the default device.
+    The config's mesh and what it says of checkpoints, samples, profiles and logs is not used.
 
     Args:
         config: the run.
         learning_rates: in the place of `optimizer.learning_rate`.
+        seeds: of the parameters, each with every learning rate: first come the models of the first learning rate. None:
+            the config's, which is that of the data in any case.
 
     Yields:
         The progress after every `eval.every` steps and after the last one; a model that has diverged has NaN. Whoever
@@ -73,14 +77,15 @@ def train_together(config: Config, learning_rates: Sequence[float]) -> Iterator[
         model = _with_attention_for_documents(model)
     config = dataclasses.replace(config, model=model, optimizer=dataclasses.replace(config.optimizer, offload=False))
     run_steps, evaluate = make_steps(config)
-    rates = jnp.asarray(learning_rates, jnp.float32)
-    states, batches = stack_states(config, len(rates)), data.train_batches()
+    seeds = [config.seed] if seeds is None else seeds
+    rates = jnp.repeat(jnp.asarray(learning_rates, jnp.float32), len(seeds))
+    states, batches = stack_states(config, len(learning_rates), seeds), data.train_batches()
     held_out = jax.device_put(list(data.eval_batches(config.eval.batches)))  # made once, for they cost as a step does
     losses: list[Any] = []
     for step, count in _calls(config, data):
         chunk = [next(batches) for _ in range(count)]
         states, measured = run_steps(states, rates, jax.tree.map(lambda *rows: np.stack(rows), *chunk))
-        losses.append(measured["loss"])  # [steps, learning rates], left on the device until it is asked for
+        losses.append(measured["loss"])  # [steps, models], left on the device until it is asked for
         if step == config.steps or (config.eval.every and step % config.eval.every == 0):
             sums = [evaluate(states, batch) for batch in held_out]
             nll, weight, correct = (
@@ -102,8 +107,8 @@ def make_steps(config: Config) -> tuple[Callable[..., tuple[TrainState, Metrics]
     """Return the compiled functions that train and score the models of one config.
 
     Returns:
-        (states, learning rates [L], batches of arrays [steps, B, T]) -> (states, metrics [steps, L]), which gives its
-        first argument's memory up; and (states, batch) -> sums [L].
+        (states of L models, learning rates [L], batches of arrays [steps, B, T]) -> (states, metrics [steps, L]), which
+        gives its first argument's memory up; and (states, batch) -> sums [L].
     """
     graphdef, _ = abstract_model(config.model, config.dtype)
     eval_step = make_eval_step(graphdef, most_scored=mqar.most_scored(config.data))
@@ -124,10 +129,11 @@ def make_steps(config: Config) -> tuple[Callable[..., tuple[TrainState, Metrics]
     return jax.jit(run_steps, donate_argnums=0), jax.jit(evaluate)
 
 
-def stack_states(config: Config, count: int) -> TrainState:
-    """Make the state before the first step, so many times: the learning rates start from the same parameters."""
-    state = init_state(config, make_optimizer(config.optimizer, config.steps))
-    return jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), state)
+def stack_states(config: Config, count: int, seeds: Sequence[int]) -> TrainState:
+    """Make the state before the first step for every seed, all of them so many times."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    states = [init_state(dataclasses.replace(config, seed=seed), optimizer) for seed in seeds]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves * count), *states)
 
 
 def _with_attention_for_documents(model: ModelConfig) -> ModelConfig:

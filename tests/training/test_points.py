@@ -8,7 +8,14 @@ import pytest
 from tiny_config import get_config
 
 from gla_jax.config import ConfigError, build, flat, load
-from gla_jax.training.points import learning_rates, make_points, read_points, shared_settings, train_point
+from gla_jax.training.points import (
+    learning_rates,
+    make_points,
+    read_points,
+    read_seeds,
+    shared_settings,
+    train_point,
+)
 
 TINY = {
     "model.mixer": "attention", "model.hidden_size": "16", "model.vocab_size": "32", "data.sequence_length": "16",
@@ -47,6 +54,13 @@ def test_learning_rates_are_checked():
     for text, sentence in (("fast", "'fast' must be a number above 0"), ("1e-4", "final_learning_rate=0.001")):
         with pytest.raises(ConfigError, match=sentence):
             learning_rates(["0.1", text], config)
+
+
+def test_seeds_are_checked():
+    assert read_seeds(["3", "0"]) == [3, 0] and read_seeds(None) is None
+    for texts, sentence in ((["0", "-1"], "'-1' must be a whole number"), (["1", "01"], "--seeds=1,01 has one twice")):
+        with pytest.raises(ConfigError, match=sentence):
+            read_seeds(texts)
 
 
 def test_a_file_is_gone_on_with_if_it_is_of_the_same_sweep(tmp_path):

@@ -20,6 +20,9 @@ from gla_jax.training.step import make_eval_step, make_train_step
 from gla_jax.training.together import train_together
 
 RATES = (1e-2, 3e-3, 1e8)
+SEEDS = (5, 0)
+ALONE = 3  # the place of the second learning rate with the second seed, which is the config's
+DIVERGED = (4, 5)
 
 
 def tiny(**data):
@@ -32,7 +35,7 @@ def tiny(**data):
 
 @pytest.fixture(scope="module")
 def found():
-    return list(train_together(tiny(), RATES))
+    return list(train_together(tiny(), RATES, SEEDS))
 
 
 def test_a_model_is_what_it_would_be_alone(found):
@@ -56,17 +59,19 @@ def test_a_model_is_what_it_would_be_alone(found):
             batch_size=config.data.batch_size,
             bytes_per_token=1.0,
         )
-    assert found[-1].loss[1] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found[-1].eval_loss[1] == pytest.approx(figures["eval/loss"], rel=1e-5)
-    assert found[-1].eval_accuracy[1] == pytest.approx(figures["eval/accuracy"], abs=0.01)
+    assert found[-1].loss[ALONE] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found[-1].eval_loss[ALONE] == pytest.approx(figures["eval/loss"], rel=1e-5)
+    assert found[-1].eval_accuracy[ALONE] == pytest.approx(figures["eval/accuracy"], abs=0.01)
 
 
 def test_progress_comes_with_every_evaluation_and_divergence_stays_with_its_model(found):
     assert [progress.step for progress in found] == [4, 6]
     assert found[0].seconds < found[1].seconds
     for progress in found:
-        assert all(math.isfinite(x) for x in progress.eval_loss[:2])
-        assert not progress.eval_loss[2] < 10 and not progress.eval_accuracy[2] > 0.1
+        assert all(math.isfinite(x) for x in progress.eval_loss[:4])
+        assert len(set(progress.eval_loss[:4])) == 4, "seeds differ"
+        for model in DIVERGED:
+            assert not progress.eval_loss[model] < 10 and not progress.eval_accuracy[model] > 0.1
 
 
 def test_there_must_be_something_to_evaluate():
