@@ -28,7 +28,9 @@ def run(main: Callable[[dict[str, str]], int | str | None]) -> None:
     except ConfigError as error:
         sentence = str(error)
     except flags.Error as error:
-        sentence = re.sub(r"^flag --\w+=None: ", "", str(error).splitlines()[0])  # several may be missing
+        sentence = str(error).splitlines()[0]  # several may be missing
+        if missing := re.search(r"Flag --(\w+) must have a value other than None", sentence):
+            sentence = f"--{missing[1]}=... is missing; --help says what it is."
     except OSError as error:
         if error.errno not in _FULL_OR_READ_ONLY:
             _leave_cluster(1, error)

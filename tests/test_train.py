@@ -173,7 +173,7 @@ def test_a_mistake_costs_one_sentence_and_exit_code_2(
 
 def test_required_flags_are_asked_for(command: Command) -> None:
     done = command.run("train.py")
-    assert (done.returncode, done.stderr) == (2, "Flag --config must have a value other than None.\n")
+    assert (done.returncode, done.stderr) == (2, "--config=... is missing; --help says what it is.\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")

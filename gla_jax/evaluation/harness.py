@@ -288,6 +288,6 @@ def _find_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
         if not unknown:
             return manager
     assert manager is not None
-    near = difflib.get_close_matches(unknown[0], manager.all_tasks, 1)
+    near = difflib.get_close_matches(unknown[0], [*PRESETS, *manager.all_tasks], 1)
     cure = f"did you mean {near[0]}?" if near else "`lm_eval ls tasks` lists those of the harness."
     raise ConfigError(f"--tasks={unknown[0]}: there is no such task; {cure}")

@@ -43,6 +43,8 @@ def read_config(folder: Path) -> tuple[Config, Architecture]:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}.") from None
+    if isinstance(theirs, dict) and {"model", "data", "steps"} <= theirs.keys():
+        raise ConfigError(f"{folder} is the folder of a run of gla-jax already, which needs no import.")
     if not isinstance(theirs, dict) or "model_type" not in theirs:
         raise ConfigError(f"{path} has no model_type, so it is not the config of a Hugging Face model.")
     kind = theirs["model_type"]

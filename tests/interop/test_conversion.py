@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gla_jax import load_model
-from gla_jax.config import ConfigError, MeshConfig, as_dict
+from gla_jax.config import ConfigError, MeshConfig, as_dict, build, default_config
 from gla_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from gla_jax.interop import export_model, import_model
 from gla_jax.interop.folder import flatten, open_model
@@ -181,6 +181,11 @@ def changed(folder, sentence, **fields):
     return sentence
 
 
+def replaced(folder, sentence, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return sentence
+
+
 def with_tensors(folder, sentence, change):
     tensors = tensors_of(folder)
     change(tensors)
@@ -209,6 +214,7 @@ DAMAGES = {
         lambda tensors: tensors.update({"model.extra.weight": np.ones(3)}),
     ),
     "unknown model": lambda folder: changed(folder, "model_type='bert'", model_type="bert"),
+    "a run of ours": lambda folder: replaced(folder, "a run of gla-jax already", as_dict(build(default_config()))),
     "unknown field": lambda folder: changed(folder, "magic=3, which is not known", magic=3),
     "other activation": lambda folder: changed(
         folder, "hidden_act='powlu', which is not supported", hidden_act="powlu"
