@@ -128,7 +128,8 @@ def _attention_backward(scale, gated, interpret, residuals, gradients):
     arrays, options = (query, key, value, _terms(decay), d_out), {"scale": scale, "interpret": interpret}
     sizes = _sizes(query, value)
     if _wide(query, sizes):
-        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, segments=sizes.segments, **options)
+        options |= {"segments": sizes.segments, "initial": initial_state is not None}
+        dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
     elif _sweeps(query, value, decay):
         states, exact, scores = saved
         dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, **options)

@@ -40,18 +40,19 @@ def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, inte
     return (out, final_state, gated_q, gated_k, scores, decay, exact, *states) if save else (out, final_state)
 
 
-def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, segments, interpret=False):
-    """Return the gradients of q, k, v and g, one for each query head, and of the initial state."""
+def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, segments, initial, interpret=False):
+    """Return the gradients of q, k, v and g, one for each query head, and if there was an `initial` state, of that."""
     gated_q, gated_k, scores, decay, exact, states = saved
     arrays = (gated_k, gated_q, d_out, scores, decay, d_final)
-    dv, d_initial, d_states = _walk(*arrays, segments=segments, reverse=True, save=True, interpret=interpret)
+    walked = _walk(*arrays, segments=segments, reverse=True, save=True, ends=initial, interpret=interpret)
+    dv, d_initial, d_states = walked if initial else (walked[0], None, walked[1])
     options = {"at_edges": True, "scale": scale, "interpret": interpret}
     dq, dk, dg = backward_inputs(q, k, v, g, d_out, states, d_states, exact, **options)
     return dq, dk, dv, dg, d_initial
 
 
-def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save=False, interpret=False):
-    """Walk whole rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does."""
+def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save=False, ends=True, interpret=False):
+    """Walk whole rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does, but one end."""
     chunks = pl.cdiv(write.shape[1], CHUNK)
     segment = chunks if segments == 1 else 2 * pl.cdiv(chunks, 2 * segments)  # even: every second state is kept
     common = {"reverse": reverse, "segment": segment, "interpret": interpret}
@@ -59,8 +60,10 @@ def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save
     if segment < chunks:
         (written,) = walk(None, write, x, None, decay, None, **common)
         starts = _states_before(start, written, _decay_of_segments(decay, segment), reverse)
-    out, ends, *states = walk(read, write, x, scores, decay, starts, save=save, **common)
-    return out, ends[:, 0 if reverse else -1], *states
+    out, *others = walk(read, write, x, scores, decay, starts, save=save, ends=ends, **common)
+    if ends:
+        others[0] = others[0][:, 0 if reverse else -1]
+    return out, *others
 
 
 def _decay_of_segments(decay, segment):
