@@ -160,6 +160,20 @@ def test_lowers_for_cuda(shape):
     assert "gla_backward" in text and ("gla_walk" if cut or key_dim > 128 else "gla_forward") in text
 
 
+@pytest.mark.parametrize("value_dim", [64, 128, 192, 256, 384, 512])
+@pytest.mark.parametrize("key_dim", [64, 128, 192, 256])
+def test_sizes_fit_the_heads_and_the_chip(key_dim, value_dim):
+    for batch_heads in range(1, 200):
+        for chunks in (1, 15, 16, 100, 512):
+            sizes = gpu_block_sizes(key_dim, value_dim, batch_heads, chunks)
+            assert value_dim % sizes.value_tile == 0
+            if sizes.segments > 1:  # at most one block on a multiprocessor, and something to walk
+                assert sizes.segments * batch_heads * -(-value_dim // 128) <= 132
+                assert chunks >= 4 * sizes.segments
+    assert gpu_block_sizes(key_dim, value_dim, 1, 512).segments >= 33
+    assert gpu_block_sizes(key_dim, value_dim, 512, 32).segments == 1
+
+
 def test_recomputed_layers_run_no_kernel_for_nothing():
     """A scan over layers under `jax.checkpoint`: a forward that saves nothing, one that saves, and the backward."""
     like = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
