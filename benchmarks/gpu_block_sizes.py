@@ -20,10 +20,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 HEAD_SIZES = {  # K, V: the rows times heads to try
-    (64, 64): (16, 32, 48, 64),
-    (128, 128): (16, 32, 48, 64, 128),
-    (128, 256): (16, 32, 48, 64),
-    (256, 512): (4, 8, 16),
+    (64, 64): (16, 32, 64),
+    (128, 128): (16, 32, 64, 128),
+    (128, 256): (16, 32, 64),
+    (256, 512): (8, 16),
 }
 TIME = 4096
 MULTIPROCESSORS = 132
@@ -31,12 +31,14 @@ _gpu = None
 
 
 def candidates(key_dim, value_dim, batch_heads):
-    """Return (value_tile, whether rows are cut) to try."""
-    tiles = [tile for tile in (64, 128) if value_dim % tile == 0]
-    if key_dim > 128:  # whose kernels have one size of tile
-        tiles = tiles[-1:]
-    cut = [(tiles[-1], True)] if 2 * batch_heads * -(-value_dim // 128) <= MULTIPROCESSORS else []
-    return [(tile, False) for tile in tiles] + cut
+    """Return (value_tile, whether rows are cut) to try: what could fill at least half of the chip."""
+    blocks = batch_heads * -(-value_dim // 128)  # of 128 value columns
+    tiles = [64]
+    if key_dim > 128:  # whose kernels have their own
+        tiles = [128]
+    elif value_dim % 128 == 0 and 2 * blocks >= MULTIPROCESSORS:
+        tiles = [64, 128]
+    return [(tile, False) for tile in tiles] + [(tiles[-1], True)] * (2 * blocks <= MULTIPROCESSORS)
 
 
 def milliseconds(key_dim, value_dim, batch_heads, value_tile, cut):
