@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"tuned_briefly": options.briefly, "layouts": {}}
     complaints = []
     for layout in options.layouts.split(","):
-        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh(MeshConfig())):
+        with tempfile.TemporaryDirectory() as folder, jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
             found = report["layouts"][layout] = run(layout, options, Path(folder))
         report |= {"device": jax.devices()[0].device_kind, "versions": found.pop("versions") | {"jax": jax.__version__}}
         complaints += [f"{layout}: {complaint}" for complaint in compare(found)]
