@@ -236,36 +236,41 @@ def clamp_log_decay(refs):
     plgpu.commit_smem()
 
 
-def exact_scores(tables, first, tiles, slabs, scale, buffers):
+def exact_scores(tables, first, tiles, scale, buffers):
     """Return A [C, C] in float32 by levels.
+
+    A level pairs the second half of every block with its first half. So one tile does for both operands: gated queries
+    in the rows of second halves, gated keys in those of first halves.
 
     Args:
         tables: LEVEL_TABLES in global memory.
         first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute
             addresses for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
-        tiles: from the index of a slab to its (q, k, [g...]), with one or two terms of g.
-        slabs: how many.
+        tiles: (q, k, [g...]) of each slab, with one or two terms of g.
         scale: of the query.
-        buffers: three tiles to work in.
+        buffers: tiles to work in, one and one more for each slab.
     """
-    w, q_level, k_level = buffers
+    w, *gated = buffers
+    raw = functools.partial(plgpu.load, layout=WGMMA, optimized=False)
+    table = lambda which, number: raw(tables.at[which, first + number])
+    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK, SLAB), 0, layout=WGMMA)
 
-    def level(number, scores):
-        w[...] = plgpu.load(tables.at[0, first + number], layout=WGMMA, optimized=False)
+    def level(number, carry):
+        scores, sums = carry
+        w[...] = sums
         plgpu.commit_smem()
-
-        def slab(s, product):
-            q, k, g = tiles(s)
+        mask, next_sums = table(1, number), table(0, jnp.minimum(number + 1, LEVELS - 1))  # slow, so asked for early
+        second = jnp.bitwise_and(jnp.right_shift(row, number - 1), 1) > 0
+        for (q, k, g), x in zip(tiles, gated, strict=True):
             decay = jnp.exp(matmul(*((w, term) for term in g)))
-            q_level[...] = (load(q) * (decay * scale)).astype(BF16)
-            k_level[...] = (load(k) * decay).astype(BF16)
-            plgpu.commit_smem()
-            return product + matmul((q_level, k_level.T))
+            x[...] = (jnp.where(second, raw(q), raw(k)).astype(F32) * decay).astype(BF16)
+        plgpu.commit_smem()
+        product = matmul(*((x, x.T) for x in gated))
+        return jnp.where(mask.astype(F32) > 0, product, scores), next_sums
 
-        product = lax.fori_loop(0, slabs, slab, zeros((CHUNK, CHUNK)))
-        return jnp.where(load(tables.at[1, first + number]) > 0, product, scores)
-
-    return lax.fori_loop(0, LEVELS, level, zeros((CHUNK, CHUNK)))
+    diagonal, sums = table(1, 0), table(0, 1)
+    scores = jnp.where(diagonal.astype(F32) > 0, matmul(*((q, k.T) for q, k, _ in tiles)), 0.0)
+    return scale * lax.fori_loop(1, LEVELS, level, (scores, sums))[0]
 
 
 def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, product=None):

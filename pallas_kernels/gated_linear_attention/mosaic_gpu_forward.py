@@ -10,6 +10,8 @@ as it stands, and never passes through shared memory. What must move moves once:
 out, and where a gradient will follow what it needs of the chunks. `mosaic_gpu_chunk` has the algebra and its letters.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -140,6 +142,10 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
             cell = lambda sums, index: jnp.sum(jnp.where(column == index, sums, 0.0), axis=1)
 
+            def scaled_exp(x):
+                """Return scale e^x, the scale in the exponent: one multiply-add makes that."""
+                return jnp.exp2(x * math.log2(math.e) + math.log2(scale)) if scale > 0 else jnp.exp(x) * scale
+
             def wait_for_scores(n):
                 pl.when(n >= 1)(lambda: plgpu.barrier_wait(a_free))
                 if save is not None:
@@ -180,7 +186,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 exact_s[p] = exceeds_bound(*(sums for sums, _ in made), interpret=interpret).astype(jnp.int32)
                 exact = exact_s[p]
                 d = jnp.concatenate([d for _, d in made], axis=1) if slabs > 1 else made[0][1]
-                q_s.at[p][...] = (load(q_s.at[p]) * (jnp.exp(d) * scale)).astype(BF16)
+                q_s.at[p][...] = (load(q_s.at[p]) * scaled_exp(d)).astype(BF16)
                 k_s.at[p][...] = (load(k_s.at[p]) * jnp.exp(-d)).astype(BF16)
                 plgpu.commit_smem()
                 pl.when(exact == 0)(lambda: plgpu.barrier_arrive(ready.at[p]))
@@ -207,8 +213,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 for s in range(slabs):
                     clamp_log_decay(g_tiles(p, s))
                 wait_for_scores(n)
-                tiles = lambda s: (q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s))
-                a = exact_scores(tables_ref, zero, tiles, slabs, scale, (shift_s, a_s, level_s))
+                tiles = [(q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s)) for s in range(slabs)]
+                a = exact_scores(tables_ref, zero, tiles, scale, (shift_s, a_s, level_s)[: 1 + slabs])
                 for s in range(slabs):
                     sums = matmul(*((term.T, select_s.T) for term in g_tiles(p, s)), shape=(SLAB, 8))
                     before = jnp.exp(pending[s])

@@ -14,14 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
-    AFTER,
+    BEFORE,
     BF16,
     CHUNK,
     COL,
     F32,
     SHIFTED,
     SLAB,
-    UP_TO_HERE,
     WGMMA,
     add_matmul,
     barrier,
@@ -59,6 +58,7 @@ def prepare(q, k, g, *, scale, interpret=False):
     batch, time, heads, key_dim = q.shape
     group, terms = heads // k.shape[2], len(g)
     chunks, slabs = pl.cdiv(time, CHUNK), key_dim // SLAB
+    together = STAGES if slabs % STAGES == 0 else 1  # slabs of an exact chunk made at once
 
     def body(*all_refs):
         refs = list(all_refs)
@@ -122,23 +122,26 @@ def prepare(q, k, g, *, scale, interpret=False):
             a = add_matmul(a, q_level_s, k_level_s.T, interpret=interpret)
             return a, jnp.maximum(worst, jnp.abs(sums))
 
-        def unbounded(s, a):
-            """Make a slab again, for any gate."""
+        def unbounded(i, a):
+            """Make some slabs again, for any gate; q~ and k~ take both triangles that one table is."""
             zero = exact_s[0] - 1  # as `exact_scores` wants it
             plgpu.commit_smem()
-            fetch(s, 0)
-            plgpu.barrier_wait(full.at[0])
-            clamp_log_decay(g_tiles(0))
-            sums = matmul(*((term.T, select_s.T) for term in g_tiles(0)), shape=(SLAB, 8))
-            decay_ref.at[row, head, n, slab(s)][...] = jnp.exp(cell(sums, 0) + cell(sums, 1))
-            tiles = lambda _: (q_s.at[0], k_s.at[0], g_tiles(0))
-            a = a + exact_scores(tables_ref, zero, tiles, 1, scale, (w_s, q_level_s, k_level_s))
-            for x, triangle, factor in ((q_s.at[0], UP_TO_HERE, scale), (k_s.at[0], AFTER, 1.0)):
-                put_table(w_s, triangles_ref, zero + triangle)
-                plgpu.commit_smem()
-                decay = jnp.exp(matmul(*((w_s, term) for term in g_tiles(0))))
-                x[...] = (load(x) * (decay * factor)).astype(BF16)
-            put(s, 0)
+            for stage in range(together):
+                fetch(i * together + stage, stage)
+            tiles = [(q_s.at[stage], k_s.at[stage], g_tiles(stage)) for stage in range(together)]
+            for stage, (_, _, g) in enumerate(tiles):
+                plgpu.barrier_wait(full.at[stage])
+                clamp_log_decay(g)
+                sums = matmul(*((term.T, select_s.T) for term in g), shape=(SLAB, 8))
+                decay_ref.at[row, head, n, slab(i * together + stage)][...] = jnp.exp(cell(sums, 0) + cell(sums, 1))
+            a = a + exact_scores(tables_ref, zero, tiles, scale, (w_s, q_level_s, k_level_s)[: 1 + together])
+            put_table(w_s, triangles_ref, zero + BEFORE)
+            plgpu.commit_smem()
+            for stage, (q, k, g) in enumerate(tiles):
+                up_to_here = matmul(*((w_s, term) for term in g)) + sum(load(term) for term in g)
+                q[...] = (load(q) * (jnp.exp(up_to_here) * scale)).astype(BF16)
+                k[...] = (load(k) * jnp.exp(matmul(*((w_s.T, term) for term in g)))).astype(BF16)
+                put(i * together + stage, stage)
             plgpu.wait_smem_to_gmem(0)
             return a
 
@@ -159,7 +162,8 @@ def prepare(q, k, g, *, scale, interpret=False):
         exact_ref[row, head, n] = exact_s[0]
         put_scores(jnp.where(iota((CHUNK, CHUNK), 0) >= iota((CHUNK, CHUNK), 1), a, 0.0))
         # What was made of an exact chunk is wrong, and found so too late to matter to the others.
-        pl.when(exact_s[0] > 0)(lambda: put_scores(lax.fori_loop(0, slabs, unbounded, zeros((CHUNK, CHUNK)))))
+        again = lambda: put_scores(lax.fori_loop(0, slabs // together, unbounded, zeros((CHUNK, CHUNK))))
+        pl.when(exact_s[0] > 0)(again)
 
     run = kernel(
         body,
