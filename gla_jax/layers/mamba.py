@@ -147,8 +147,8 @@ class Mamba(nnx.Module):
         selection = self.selection(u, out_sharding=out_sharding("batch", "time", None))
         low_rank, B, C = jnp.split(selection, [self.rank, self.rank + self.options.state_size], axis=-1)
         delta = self.step_size(share(low_rank, "heads", "batch", "time", None), out_sharding=wide)
-        out, recurrent = self._scan(u, delta, B, C, past.get("recurrent"), segment_ids)
-        out = out * jax.nn.silu(self.gate(x, out_sharding=wide))
+        gate = self.gate(x, out_sharding=wide)
+        out, recurrent = self._scan(u, delta, B, C, gate, past.get("recurrent"), segment_ids)
         y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))
         return y, {"convolution": convolution, "recurrent": recurrent}
 
@@ -158,16 +158,17 @@ class Mamba(nnx.Module):
         delta: jax.Array,
         B: jax.Array,
         C: jax.Array,
+        gate: jax.Array,
         state: jax.Array | None,
         segment_ids: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Run the recurrence: one step of it for one token, else the parallel form."""
+        """Run the recurrence, gate included: one step of it for one token, else the parallel form."""
 
-        def scan(u, delta, bias, A_log, B, C, D, state, segment_ids):
-            delta = jax.nn.softplus(delta.astype(jnp.float32) + bias.astype(jnp.float32))
+        def scan(u, delta, bias, A_log, B, C, D, gate, state, segment_ids):
             A = -jnp.exp(A_log.astype(jnp.float32))
             if u.shape[1] == 1 and state is not None:  # a single token always continues from the state
-                y, state = selective_scan_step(u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state)
+                token = (u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state)
+                y, state = selective_scan_step(*token, gate=gate[:, 0], delta_bias=bias)
                 return y[:, None], state
             return sequence.selective_scan(
                 u,
@@ -176,6 +177,8 @@ class Mamba(nnx.Module):
                 B,
                 C,
                 D,
+                gate=gate,
+                delta_bias=bias,
                 initial_state=state,
                 segment_ids=segment_ids,
                 chunk_size=self.options.chunk_size,
@@ -184,9 +187,9 @@ class Mamba(nnx.Module):
 
         rows, row, all_channels = ("batch", "time", "heads"), ("batch", "time"), ("batch", "time", None)
         channels, states = ("heads",), ("batch", "heads", None)
-        axes = (rows, rows, channels, ("heads", None), all_channels, all_channels, channels, states, row)
+        axes = (rows, rows, channels, ("heads", None), all_channels, all_channels, channels, rows, states, row)
         return per_shard(scan, axes, (rows, states))(
-            u, delta, self.step_size_bias[...], self.A_log[...], B, C, self.D[...], state, segment_ids
+            u, delta, self.step_size_bias[...], self.A_log[...], B, C, self.D[...], gate, state, segment_ids
         )
 
     def init_state(self, batch_size: int) -> State:

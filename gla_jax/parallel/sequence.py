@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import pallas_kernels
 import pallas_kernels.selective_scan
 from gla_jax.parallel.sharding import manual_axes, shard_count, shard_index
+from pallas_kernels.selective_scan.terms import step_size
 
 Arrays = tuple[Any, ...]
 
@@ -110,6 +111,8 @@ def selective_scan(
     C: jax.Array,
     D: jax.Array,
     *,
+    gate: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
     **options: Any,
@@ -117,7 +120,7 @@ def selective_scan(
     """Apply `pallas_kernels.selective_scan` to rows of which each device holds a part.
 
     Args:
-        x, delta, A, B, C, D: this device's part, as the op takes them.
+        x, delta, A, B, C, D, gate, delta_bias: this device's part, as the op takes them.
         initial_state: [B, E, N], before the whole rows; or None.
         segment_ids: [B, T] int32, this device's part; or None.
         options: `chunk_size` and the like.
@@ -125,10 +128,14 @@ def selective_scan(
     Returns:
         This device's part of the output, and the state after the whole rows.
     """
-    recurrence = _Recurrence(
-        functools.partial(pallas_kernels.selective_scan.selective_scan, **options), _mamba_written, _mamba_read
-    )
-    return _recur(recurrence, (x, delta, A, B, C, D), initial_state, segment_ids)
+
+    def op(x, delta, A, B, C, D, gate, delta_bias, **carried):
+        return pallas_kernels.selective_scan.selective_scan(
+            x, delta, A, B, C, D, gate=gate, delta_bias=delta_bias, **carried, **options
+        )
+
+    arrays = (x, delta, A, B, C, D, gate, delta_bias)
+    return _recur(_Recurrence(op, _mamba_written, _mamba_read), arrays, initial_state, segment_ids)
 
 
 # Any recurrence -------------------------------------------------------------------------------------------------------
@@ -263,7 +270,9 @@ def _outer(x, y, arrays):
 
 
 def _mamba_written(arrays, resets):
-    x, delta, A, B, _, _ = _float32(arrays)
+    x, delta, A, B, _, _, _, delta_bias = arrays
+    delta = step_size(delta, delta_bias)
+    x, A, B = _float32((x, A, B))
     decay = jnp.exp(jnp.sum(delta, axis=1)[..., None] * A)
     written = delta * x
     if resets is not None:
@@ -273,8 +282,11 @@ def _mamba_written(arrays, resets):
 
 
 def _mamba_read(arrays, resets, d_out):
-    _, delta, A, _, C, _ = _float32(arrays)
-    wanted = d_out.astype(jnp.float32)
+    _, delta, A, _, C, _, gate, delta_bias = arrays
+    delta = step_size(delta, delta_bias)
+    A, C, wanted = _float32((A, C, d_out))
+    if gate is not None:
+        wanted *= jax.nn.silu(gate.astype(jnp.float32))
     if resets is not None:
         wanted = jnp.where(jnp.cumsum(resets, axis=1)[..., None] > 0, 0, wanted)
     return _decayed_outer(A, jax.lax.cumsum(delta, axis=1), wanted, C)

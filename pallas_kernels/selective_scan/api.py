@@ -1,25 +1,32 @@
 """The only door to the op: what it accepts, its defaults, and which implementation serves a call.
 
-An implementation is a module with two functions, which are called with checked arguments: arrays in their own dtypes,
-`initial_state` None or float32, `segment_ids` None or int32. The skip D x is added here, for all of them.
+An implementation is a module with two functions, which are called with checked arguments by keyword, each under its
+name in `selective_scan`: arrays in their own dtypes, D, gate and delta_bias or None, `initial_state` None or float32,
+`segment_ids` None or int32.
 
-    unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret) -> str | None
-        The reason, in one sentence, why it does not serve this call; looks at shapes, dtypes and the backend only.
-    selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret) -> (y float32, final_state)
+    unsupported(*, x, ..., segment_ids, chunk_size, interpret) -> str | None
+        The reason, in one sentence, why it does not serve this call; looks at shapes, dtypes and the target only.
+    selective_scan(*, x, ..., segment_ids, chunk_size, interpret) -> (y in the dtype of x, final_state)
 """
 
+import functools
 import importlib
+import logging
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.selective_scan import reference
+from pallas_kernels.selective_scan.shards import per_shard
+from pallas_kernels.selective_scan.terms import output, step_size
+from pallas_kernels.target import target
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "mosaic_gpu")
 
-# What `implementation=None` tries, in this order, on every backend.
-_BEST_FIRST = ("chunked",)
+# What `implementation=None` tries, in this order. `unsupported` of mosaic_gpu says no to GPUs before Hopper.
+_BEST_FIRST = {"gpu": ("mosaic_gpu", "chunked")}
+_BEST_FIRST_ELSEWHERE = ("chunked",)
 
 _FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -32,6 +39,8 @@ def selective_scan(
     C: jax.Array,
     D: jax.Array | None = None,
     *,
+    gate: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
@@ -42,27 +51,31 @@ def selective_scan(
 
     For every row and channel d, with a state h of N numbers,
 
-        h_t = exp(delta_t A_d) h_{t-1} + delta_t x_t B_t,        y_t = C_t h_t + D_d x_t:
+        h_t = exp(delta_t A_d) h_{t-1} + delta_t x_t B_t,        y_t = (C_t h_t + D_d x_t) silu(gate_t):
 
-    A is discretised exactly, B by Euler's rule, as in the authors' code. All arithmetic is in float32.
+    A is discretised exactly, B by Euler's rule, as in the authors' code. With a `delta_bias` the step size is not delta
+    but softplus(delta + delta_bias). The state is kept in float32. The Hopper kernels read sums of bfloat16 calls off
+    it in TF32, whose error is below that of rounding y to bfloat16; all else is float32 arithmetic.
 
-    Differentiable in x, delta, A, B, C, D and initial_state, through both results. Two halves of a row with the state
-    handed over equal the whole row. On padding, a delta of 0 leaves the state untouched. How a row is cut into chunks
-    changes roundings only.
+    Differentiable in x, delta, A, B, C, D, gate, delta_bias and initial_state, through both results. Two halves of a
+    row with the state handed over equal the whole row. On padding, a step size of 0 leaves the state untouched. The
+    same call on the same device gives the same bits; how a row is cut into chunks changes roundings only.
 
     Args:
         x: [B, T, D] float32, bfloat16 or float16.
-        delta: [B, T, D], the step size, >= 0 (after its softplus).
+        delta: [B, T, D], the step size, >= 0; or what softplus makes it of, with `delta_bias`.
         A: [D, N]; negative, so that the state decays.
         B: [B, T, N], what the state writes with.
         C: [B, T, N], what the state is read with.
         D: [D], the weight of the skip from x to y; None: no skip.
+        gate: [B, T, D], whose silu multiplies y; None: no gate.
+        delta_bias: [D]; None: delta is the step size itself.
         initial_state: [B, D, N] float32; zeros by default.
         segment_ids: [B, T] int32. The state is reset where the id differs from the token before; the first token
             continues from `initial_state`.
         chunk_size: tokens a chunk; None takes the tuned size.
-        implementation: one of `IMPLEMENTATIONS`, or several to try in order; None takes the best for the backend and
-            the shapes.
+        implementation: one of `IMPLEMENTATIONS`, or several to try in order; None takes the best for the shapes and
+            the devices: those of the current mesh, or else the default one.
         interpret: run Pallas kernels in their interpreter, on any backend.
 
     Returns:
@@ -73,23 +86,48 @@ def selective_scan(
         ValueError: an argument has the wrong shape or dtype.
         NotImplementedError: no requested implementation serves this call; the message says why.
     """
-    x, delta, A, B, C, D, initial_state, segment_ids = _checked(
-        x, delta, A, B, C, D, initial_state, segment_ids, chunk_size
-    )
-    arguments = (x, delta, A, B, C, initial_state, segment_ids)
+    arguments = _checked(x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, chunk_size=chunk_size)
+    options = {"chunk_size": chunk_size, "interpret": interpret}
+    name = _choose(implementation, functools.partial(_unsupported, arguments=arguments, **options))
+    run = functools.partial(_module(name).selective_scan, **options)
+    return per_shard(lambda **parts: run(**_vary_alike(parts)), arguments)
+
+
+def selective_scan_support(
+    x: jax.Array | jax.ShapeDtypeStruct,
+    delta: jax.Array | jax.ShapeDtypeStruct,
+    A: jax.Array | jax.ShapeDtypeStruct,
+    B: jax.Array | jax.ShapeDtypeStruct,
+    C: jax.Array | jax.ShapeDtypeStruct,
+    D: jax.Array | jax.ShapeDtypeStruct | None = None,
+    *,
+    gate: jax.Array | jax.ShapeDtypeStruct | None = None,
+    delta_bias: jax.Array | jax.ShapeDtypeStruct | None = None,
+    initial_state: jax.Array | jax.ShapeDtypeStruct | None = None,
+    segment_ids: jax.Array | jax.ShapeDtypeStruct | None = None,
+    chunk_size: int | None = None,
+    interpret: bool = False,
+) -> dict[str, str | None]:
+    """Say for every implementation why it does not serve a call of `selective_scan`.
+
+    Args:
+        x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids: arrays, or `jax.ShapeDtypeStruct`s of them.
+        chunk_size, interpret: as in the call.
+
+    Returns:
+        By name of the implementation, the reason in one sentence, or None where it does serve.
+
+    Raises:
+        ValueError: an argument has the wrong shape or dtype.
+    """
     reasons = {}
-    for name in _names(implementation):
-        module = importlib.import_module(f"pallas_kernels.selective_scan.{name}")
-        reasons[name] = module.unsupported(*arguments, chunk_size=chunk_size, interpret=interpret)
-        if reasons[name] is None:
-            break
-    else:
-        raise NotImplementedError(
-            "selective_scan is not served by "
-            + "; nor by ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
-        )
-    y, state = module.selective_scan(*arguments, chunk_size=chunk_size, interpret=interpret)
-    return _with_skip(y, x, D), state
+
+    def trace(*arrays):
+        arguments = _checked(*arrays, chunk_size=chunk_size)
+        reasons.update({name: _unsupported(name, arguments, chunk_size, interpret) for name in IMPLEMENTATIONS})
+
+    jax.eval_shape(trace, x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids)
+    return reasons
 
 
 def selective_scan_step(
@@ -100,17 +138,22 @@ def selective_scan_step(
     C: jax.Array,
     D: jax.Array | None,
     state: jax.Array,
+    *,
+    gate: jax.Array | None = None,
+    delta_bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Apply the selective state space model to one token: what `selective_scan` does, without the time axis.
 
     Args:
         x: [B, D] float32, bfloat16 or float16.
-        delta: [B, D], the step size, >= 0.
+        delta: [B, D], the step size, >= 0; or what softplus makes it of, with `delta_bias`.
         A: [D, N].
         B: [B, N].
         C: [B, N].
         D: [D], or None.
         state: [B, D, N] float32.
+        gate: [B, D], or None.
+        delta_bias: [D], or None.
 
     Returns:
         y: [B, D] in the dtype of x.
@@ -119,40 +162,69 @@ def selective_scan_step(
     Raises:
         ValueError: an argument has the wrong shape or dtype.
     """
-    for name, array in (("x", x), ("delta", delta), ("B", B), ("C", C)):
-        if jnp.ndim(array) != 2:
+    for name, array in (("x", x), ("delta", delta), ("B", B), ("C", C), ("gate", gate)):
+        if array is not None and jnp.ndim(array) != 2:
             raise ValueError(f"{name} has shape {jnp.shape(array)}; it must be of rank 2, without a time axis.")
     if state is None:
         raise ValueError("state is None; it must be a float32 array of shape [batch, channels, state size].")
-    x, delta, B, C = (jnp.asarray(array)[:, None] for array in (x, delta, B, C))
-    x, delta, A, B, C, D, state, _ = _checked(x, delta, A, B, C, D, state, None, None, state_name="state")
-    token = (array[:, 0].astype(jnp.float32) for array in (x, delta, B, C))
-    x_t, delta_t, B_t, C_t = token
-    y, state = reference.step(x_t, delta_t, A.astype(jnp.float32), B_t, C_t, state)
-    return _with_skip(y, x[:, 0], D), state
+    add_time = lambda array: None if array is None else jnp.asarray(array)[:, None]
+    tokens = (add_time(x), add_time(delta), A, add_time(B), add_time(C), D, add_time(gate), delta_bias)
+    checked = _vary_alike(_checked(*tokens, state, None, chunk_size=None, state_name="state"))
+    x, delta, B, C = (checked[name][:, 0] for name in ("x", "delta", "B", "C"))
+    gate = None if gate is None else checked["gate"][:, 0]
+    size = step_size(delta, checked["delta_bias"])
+    wide_x, A, B, C = (array.astype(jnp.float32) for array in (x, checked["A"], B, C))
+    y, state = reference.step(wide_x, size, A, B, C, checked["initial_state"])
+    return output(y, x, checked["D"], gate), state
 
 
-def _with_skip(y, x, D):
-    """Return y + D x in the dtype of x."""
-    if D is not None:
-        y = y + D.astype(jnp.float32) * x.astype(jnp.float32)
-    return y.astype(x.dtype)
-
-
-def _names(implementation):
-    """Return the implementations to try, in order."""
-    if implementation is None:
-        return _BEST_FIRST
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+def _choose(implementation, unsupported):
+    """Return the name of the first implementation that serves a call: of those asked for, or else of the best."""
+    names = implementation
+    if names is None:
+        names = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
+    names = (names,) if isinstance(names, str) else tuple(names)
     if not names or any(name not in IMPLEMENTATIONS for name in names):
         raise ValueError(
             f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, "
             "or a sequence of them."
         )
-    return names
+    reasons = {}
+    for name in names:
+        reasons[name] = unsupported(name)
+        if reasons[name] is None:
+            break
+    else:
+        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
+        raise NotImplementedError(f"selective_scan is not served by {tried}.")
+    if implementation is None:
+        for passed_over in names[: len(reasons) - 1]:
+            _say_once(f"selective_scan runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
+    return name
 
 
-def _checked(x, delta, A, B, C, D, initial_state, segment_ids, chunk_size, *, state_name="initial_state"):
+@functools.cache
+def _say_once(message):
+    logging.getLogger(__name__).warning(message)
+
+
+def _module(name):
+    """Import an implementation, only when it is wanted: the kernels' toolchains are not everywhere."""
+    return importlib.import_module(f"pallas_kernels.selective_scan.{name}")
+
+
+def _unsupported(name, arguments, chunk_size, interpret):
+    """Return why an implementation does not serve the call, or None."""
+    try:
+        module = _module(name)
+    except ImportError as error:
+        return f"it cannot be imported here ({error})."
+    return module.unsupported(**arguments, chunk_size=chunk_size, interpret=interpret)
+
+
+def _checked(
+    x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, *, chunk_size, state_name="initial_state"
+):
     """Return the arguments as every implementation expects them, or raise a ValueError that names the one at fault."""
     x, A = jnp.asarray(x), jnp.asarray(A)
     if x.ndim != 3 or 0 in x.shape:
@@ -162,22 +234,25 @@ def _checked(x, delta, A, B, C, D, initial_state, segment_ids, chunk_size, *, st
         raise ValueError(f"A has shape {A.shape}; it must be [{channels}, state size], to go with x {x.shape}.")
     size = A.shape[1]
     delta, B, C = jnp.asarray(delta), jnp.asarray(B), jnp.asarray(C)
-    D = None if D is None else jnp.asarray(D)
+    D, gate, delta_bias = (None if array is None else jnp.asarray(array) for array in (D, gate, delta_bias))
     expected = {
         "delta": (delta, (batch, time, channels)),
         "B": (B, (batch, time, size)),
         "C": (C, (batch, time, size)),
         "D": (D, (channels,)),
+        "gate": (gate, (batch, time, channels)),
+        "delta_bias": (delta_bias, (channels,)),
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
             raise ValueError(
                 f"{name} has shape {array.shape}; it must be {shape}, to go with x {x.shape}, A {A.shape}."
             )
-    for name, array in {"x": x, "A": A, "delta": delta, "B": B, "C": C, "D": D}.items():
+    floats = {"x": x, "A": A} | {name: array for name, (array, _) in expected.items()}
+    for name, array in floats.items():
         if array is not None and array.dtype not in _FLOATS:
-            floats = ", ".join(jnp.dtype(dtype).name for dtype in _FLOATS)
-            raise ValueError(f"{name} is {array.dtype}; it must be {floats}.")
+            allowed = ", ".join(jnp.dtype(dtype).name for dtype in _FLOATS)
+            raise ValueError(f"{name} is {array.dtype}; it must be {allowed}.")
     if initial_state is not None:
         initial_state = jnp.asarray(initial_state)
         shape = (batch, channels, size)
@@ -193,16 +268,16 @@ def _checked(x, delta, A, B, C, D, initial_state, segment_ids, chunk_size, *, st
             )
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be None or a positive integer.")
-    return _vary_alike(x, delta, A, B, C, D, initial_state, segment_ids)
+    return floats | {"initial_state": initial_state, "segment_ids": segment_ids}
 
 
-def _vary_alike(*arrays):
+def _vary_alike(arguments):
     """Make all arrays vary over the same manual axes of an enclosing `shard_map`, as custom gradients and kernels need.
 
     The transpose of this cast is the sum over the axes that an array did not vary over: the gradient of an A that all
     devices share, say. Outside `shard_map`, and with check_vma=False, nothing happens.
     """
     axes = lambda array: jax.typeof(array).manual_axis_type.varying
-    union = frozenset().union(*(axes(array) for array in arrays if array is not None))
+    union = frozenset().union(*(axes(array) for array in arguments.values() if array is not None))
     vary = lambda array: jax.lax.pcast(array, tuple(sorted(union - axes(array))), to="varying")
-    return tuple(None if array is None else vary(array) for array in arrays)
+    return {name: None if array is None else vary(array) for name, array in arguments.items()}

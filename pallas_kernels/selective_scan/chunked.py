@@ -10,15 +10,16 @@ as a second associative scan from the end.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.selective_scan.terms import output, step_size
 from pallas_kernels.target import target
 
 
-def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
+def unsupported(**call):
     """Return None: plain JAX serves every call."""
     return None
 
 
-def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
+def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, chunk_size, interpret):
     """Compute the op chunk by chunk; see `api.py`. `interpret` does not matter here."""
     batch, time, channels = x.shape
     chunk = min(chunk_size or _tuned_chunk_size(), time)
@@ -33,9 +34,9 @@ def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size,
         padded = jnp.pad(array, ((0, 0), (0, -time % chunk)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, -1, chunk, *array.shape[2:]), 1, 0)
 
-    tokens = jax.tree.map(cut, (x, delta, B, C, starts))
+    tokens = jax.tree.map(cut, (x, step_size(delta, delta_bias), B, C, starts))
     y, state = _scan_chunks(tokens, A.astype(jnp.float32), state)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, channels)[:, :time], state
+    return output(jnp.moveaxis(y, 0, 1).reshape(batch, -1, channels)[:, :time], x, D, gate), state
 
 
 def _tuned_chunk_size():

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.selective_scan.terms import output, step_size
+
 
 def step(x, delta, A, B, C, state):
     """Advance the state by one token and read it: `h = exp(δ A) h + δ x B`, `y = h C` (arXiv 2312.00752, algorithm 2).
@@ -20,25 +22,27 @@ def step(x, delta, A, B, C, state):
     return jnp.sum(state * C[..., None, :], axis=-1), state
 
 
-def unsupported(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
+def unsupported(**call):
     """Return None: the definition serves every call."""
     return None
 
 
-def selective_scan(x, delta, A, B, C, initial_state, segment_ids, *, chunk_size, interpret):
+def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, chunk_size, interpret):
     """Compute the op by `lax.scan` over tokens; see `api.py`. `chunk_size` and `interpret` do not matter here."""
-    x, delta, A, B, C = (array.astype(jnp.float32) for array in (x, delta, A, B, C))
+    size = step_size(delta, delta_bias)
+    wide_x, A, B, C = (array.astype(jnp.float32) for array in (x, A, B, C))
     starts = jnp.zeros(x.shape[:2], bool)
     if segment_ids is not None:
         starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
     state = initial_state
     if state is None:
-        state = jnp.zeros_like(x[:, 0, :, None] * A)
+        state = jnp.zeros_like(wide_x[:, 0, :, None] * A)
 
     def body(state, token):
         x, delta, B, C, start = token
         y, state = step(x, delta, A, B, C, jnp.where(start[:, None, None], 0.0, state))
         return state, y
 
-    state, y = jax.lax.scan(body, state, tuple(jnp.moveaxis(array, 1, 0) for array in (x, delta, B, C, starts)))
-    return jnp.moveaxis(y, 0, 1), state
+    tokens = tuple(jnp.moveaxis(array, 1, 0) for array in (wide_x, size, B, C, starts))
+    state, y = jax.lax.scan(body, state, tokens)
+    return output(jnp.moveaxis(y, 0, 1), x, D, gate), state

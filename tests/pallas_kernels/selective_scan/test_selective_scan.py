@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.selective_scan import IMPLEMENTATIONS, selective_scan, selective_scan_step
+from pallas_kernels.selective_scan import selective_scan, selective_scan_step
 
+IMPLEMENTATIONS = ("reference", "chunked")  # the Hopper kernels have a file of their own
 NAMES = ("x", "delta", "A", "B", "C", "D", "initial_state")
+FUSED = ("gate", "delta_bias")
 
 
-def make(seed, batch, time, channels, size, *, dtype=np.float32, decay=1.0):
-    """Draw arguments; `decay` multiplies A, whose entries are those of Mamba's initialisation."""
+def make(seed, batch, time, channels, size, *, dtype=np.float32, decay=1.0, fused=False):
+    """Draw arguments; `decay` multiplies A, whose entries are those of Mamba's initialisation.
+
+    With `fused` there are a gate and a bias of the step size too.
+    """
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.standard_normal(shape)
     arguments = {
@@ -25,13 +30,19 @@ def make(seed, batch, time, channels, size, *, dtype=np.float32, decay=1.0):
         "D": normal(channels),
         "initial_state": normal(batch, channels, size),
     }
-    cast = lambda name, array: array.astype(dtype if name in ("x", "delta", "B", "C") else np.float32)
+    if fused:
+        arguments["delta"] = normal(batch, time, channels)
+        arguments |= {"gate": normal(batch, time, channels), "delta_bias": rng.uniform(-7, 1, channels)}
+    cast = lambda name, array: array.astype(dtype if name in ("x", "delta", "B", "C", "gate") else np.float32)
     return {name: jnp.asarray(cast(name, array)) for name, array in arguments.items()}
 
 
 def truth(arguments, segment_ids=None):
     """Return (y, state) by the definition, in whatever precision the arguments have."""
     x, delta, A, B, C, D, state = (arguments[name] for name in NAMES)
+    gate, delta_bias = (arguments.get(name) for name in FUSED)
+    if delta_bias is not None:
+        delta = jax.nn.softplus(delta + delta_bias)
 
     def body(state, token):
         x, delta, B, C, start = token
@@ -42,7 +53,8 @@ def truth(arguments, segment_ids=None):
     ids = np.zeros(x.shape[:2], np.int32) if segment_ids is None else np.asarray(segment_ids)
     starts = np.diff(ids, axis=1, prepend=ids[:, :1]) != 0
     state, y = jax.lax.scan(body, state, (*(jnp.moveaxis(a, 1, 0) for a in (x, delta, B, C)), jnp.asarray(starts).T))
-    return jnp.moveaxis(y, 0, 1), state
+    y = jnp.moveaxis(y, 0, 1)
+    return y if gate is None else y * jax.nn.silu(gate), state
 
 
 def value_and_gradients(function, arguments, cotangents):
@@ -72,9 +84,9 @@ def errors_against_truth(arguments, *, segment_ids=None, **options):
     got = value_and_gradients(call, arguments, cotangents)
     (y, state), gradients = got
     assert y.dtype == arguments["x"].dtype and state.dtype == jnp.float32
-    assert all(gradients[name].dtype == arguments[name].dtype for name in NAMES)
+    assert all(gradients[name].dtype == arguments[name].dtype for name in arguments)
     errors = {"y": error(y, wanted[0][0]), "state": error(state, wanted[0][1])}
-    return errors | {"d" + name: error(gradients[name], wanted[1][name]) for name in NAMES}
+    return errors | {"d" + name: error(gradients[name], wanted[1][name]) for name in arguments}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -94,6 +106,12 @@ def test_bfloat16_is_rounded_once(implementation):
     errors = errors_against_truth(make(1, 2, 100, 8, 16, dtype=jnp.bfloat16), implementation=implementation)
     for name, value in errors.items():
         assert value < (3e-3 if name in ("y", "dx", "ddelta", "dB", "dC") else 3e-6), errors
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gate_and_bias_of_the_step_size(implementation):
+    errors = errors_against_truth(make(8, 2, 50, 4, 8, fused=True), implementation=implementation)
+    assert max(errors.values()) < 5e-6, errors
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -119,17 +137,18 @@ def test_segments_reset_the_state(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("split", [1, 16, 45])
 def test_two_halves_and_steps_equal_the_whole(implementation, split):
-    arguments = make(4, 2, 60, 4, 8)
+    arguments = make(4, 2, 60, 4, 8, fused=True)
     whole = selective_scan(**arguments, implementation=implementation, chunk_size=16)
-    cut = lambda piece: arguments | {n: arguments[n][:, piece] for n in ("x", "delta", "B", "C")}
+    cut = lambda piece: arguments | {n: arguments[n][:, piece] for n in ("x", "delta", "B", "C", "gate")}
     y, state = selective_scan(**cut(slice(split)), implementation=implementation, chunk_size=16)
     rest = cut(slice(split, None)) | {"initial_state": state}
     second, final = selective_scan(**rest, implementation=implementation, chunk_size=16)
     np.testing.assert_allclose(jnp.concatenate([y, second], axis=1), whole[0], rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(final, whole[1], rtol=2e-5, atol=2e-5)
     for t in range(split, min(split + 5, 60)):
-        token = {name: arguments[name][:, t] for name in ("x", "delta", "B", "C")}
-        y_t, state = selective_scan_step(**token, A=arguments["A"], D=arguments["D"], state=state)
+        token = {name: arguments[name][:, t] for name in ("x", "delta", "B", "C", "gate")}
+        of_channel = {name: arguments[name] for name in ("A", "D", "delta_bias")}
+        y_t, state = selective_scan_step(**token, **of_channel, state=state)
         np.testing.assert_allclose(y_t, whole[0][:, t], rtol=2e-5, atol=2e-5)
 
 
@@ -192,6 +211,8 @@ def test_vmap_and_shard_map():
         ({"B": jnp.zeros((2, 20, 4))}, r"B has shape"),
         ({"C": jnp.zeros((2, 20, 8), jnp.int32)}, r"C is int32; it must be float32, bfloat16, float16"),
         ({"D": jnp.zeros(3)}, r"D has shape \(3,\); it must be \(4,\)"),
+        ({"gate": jnp.zeros((2, 20, 3))}, r"gate has shape \(2, 20, 3\); it must be \(2, 20, 4\)"),
+        ({"delta_bias": jnp.zeros(4, jnp.int32)}, "delta_bias is int32"),
         ({"initial_state": jnp.zeros((2, 4, 8), jnp.bfloat16)}, r"initial_state is bfloat16\[2, 4, 8\]"),
         ({"segment_ids": jnp.zeros((2, 19), jnp.int32)}, r"segment_ids is int32\[2, 19\]; it must be int32\[2, 20\]"),
         ({"chunk_size": 0}, r"chunk_size is 0"),

@@ -1,0 +1,265 @@
+"""How the selective scan lies on a Hopper warpgroup, shared by its kernels: layouts, copies, sums over lanes.
+
+A thread block is one warpgroup and walks a row of W channels, chunk after chunk of C = 16 tokens, with the state
+[W, 16] in float32 registers: each warp has a quarter of the channels, each thread 4 numbers of the state of each of a
+few neighbouring channels. So a step size or an input is read once for 4 numbers of the state, B and C once for all
+channels of the thread, and the sums over the state go over 4 lanes only.
+
+What needs no recurrence (softplus, silu, products of inputs) is done for a slice of tokens at once, every element by
+one thread, in a second layout; shared memory is in between.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
+
+CHUNK = 16  # tokens
+STATES = 16  # numbers in the state of a channel, N
+PER_THREAD = 4  # channels of a thread
+LANES = 8 * PER_THREAD  # channels of a warp
+WIDTH = 4 * LANES  # channels of a thread block, W
+SLICE = CHUNK // PER_THREAD  # tokens whose channels give every thread 4 elements
+ALL = (4, LANES, STATES)
+
+F32 = jnp.float32
+LOG2_E = math.log2(math.e)
+
+# [4, LANES, STATES]: warps, 8 groups of lanes, 4 lanes of a group.
+STATE = plgpu.Layout.TILED(Tiling(((4, LANES, STATES), (PER_THREAD, 4))), (-5,), (-4, -3), -1)
+OF_CHANNEL, OF_STATE = STATE.reduce(2), STATE.reduce((0, 1))
+# [SLICE, 4, LANES]: 4 neighbouring channels of one token a thread.
+TOKENS = plgpu.Layout.TILED(Tiling(((SLICE, 4, LANES), (4,))), (-4,), (-3, -2), -1)
+
+
+def kernel(body, *, grid, name, interpret, **kwargs):
+    """Return `body` as a kernel of one warpgroup a block, whose barriers are those that `body` asks for.
+
+    Its results vary over the manual mesh axes that its first argument varies over, which they do not by themselves.
+    """
+    run = plgpu.kernel(
+        body,
+        grid=grid,
+        grid_names=("channels", "row"),
+        kernel_name=name,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True, unsafe_no_auto_barriers=True
+        ),
+        **kwargs,
+    )
+
+    def call(*arguments):
+        axes = lambda array: jax.typeof(array).manual_axis_type.varying
+        vary = lambda array: lax.pcast(array, tuple(sorted(axes(arguments[0]) - axes(array))), to="varying")
+        return [vary(array) for array in run(*arguments)]
+
+    return call
+
+
+def by_warp(array):
+    """Cut channels, the last axis, as warps share them."""
+    return array.reshape(*array.shape[:-1], -1, LANES)
+
+
+def by_warp_state(array):
+    """Cut channels, the last axis but one, as warps share them."""
+    return array.reshape(*array.shape[:-2], -1, LANES, STATES)
+
+
+def rows(B, C, starts):
+    """Return what channels share of a token, float32 [B, T, 2 or 3, STATES]: B, C, and 0 where the state is reset."""
+    parts = [B.astype(F32), C.astype(F32)]
+    if starts is not None:
+        parts.append(jnp.broadcast_to(jnp.where(starts, 0.0, 1.0)[..., None], B.shape))
+    return jnp.stack(parts, axis=2)
+
+
+def load(ref, layout):
+    """Read an array into registers as it is."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def load_tokens(ref, first):
+    """Read a slice of tokens of a chunk as float32."""
+    return load(ref.at[pl.ds(first, SLICE)], TOKENS).astype(F32)
+
+
+def along_states(x):
+    """Broadcast a value a channel over its state."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (0, 1)), STATE)
+
+
+def along_channels(x):
+    """Broadcast a value a number of the state over the channels."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (2,)), STATE)
+
+
+def along_tokens(x):
+    """Broadcast a value a channel over a slice of tokens."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (SLICE, 4, LANES), (1, 2)), TOKENS)
+
+
+def zeros(shape, layout):
+    """Return float32 zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, F32), layout)
+
+
+# Functions ------------------------------------------------------------------------------------------------------------
+
+
+def _reciprocal(x):
+    """Return 1 / x for positive x; a division would take ten instructions."""
+    root = lax.rsqrt(x)
+    return root * root
+
+
+def _exp_minus_abs(x):
+    return jnp.exp2(-LOG2_E * jnp.abs(x))
+
+
+def sigmoid(x):
+    """Return 1 / (1 + exp(-x)), with a small relative error at both ends."""
+    e = _exp_minus_abs(x)
+    reciprocal = _reciprocal(1.0 + e)
+    return jnp.where(x >= 0, reciprocal, e * reciprocal)
+
+
+def softplus(x):
+    """Return log(1 + exp(x)) with a small relative error, also of step sizes near 0.
+
+    log1p(e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3, and its series.
+    """
+    e = _exp_minus_abs(x)
+    s = e * _reciprocal(2.0 + e)
+    square = s * s
+    series = 1 / 13
+    for odd in (11, 9, 7, 5, 3, 1):
+        series = series * square + 1 / odd
+    return jnp.maximum(x, 0.0) + 2.0 * s * series
+
+
+# Sums over lanes ------------------------------------------------------------------------------------------------------
+#
+# Over the 4 lanes that share a channel tensor cores sum for next to nothing: in a product of TF32 operands with float32
+# sums, m16n8k8, the rows of the left operand are groups of 4 lanes, and what the lanes of a group hold are its columns.
+# `exact` asks for shuffles and float32 instead.
+
+
+def read(state, row, *, exact):
+    """Return sum_n state[.., n] row[n], a value a channel."""
+    return jnp.sum(state * along_channels(row), axis=2) if exact else _read(state, row)
+
+
+def read_each(state, weights, *, exact):
+    """Return sum_n state[.., n] weights[.., n], a value a channel."""
+    return jnp.sum(state * weights, axis=2) if exact else _read_each(state, weights)
+
+
+def sum_channels(ref, first, second, *, interpret):
+    """Write the sums of two arrays over the channels of each warp to ref [4, 2, STATES]."""
+    if interpret:
+        ref[:, 0], ref[:, 1] = jnp.sum(first, axis=1), jnp.sum(second, axis=1)
+    else:
+        _sum_channels(ref, first, second)
+
+
+_A_CHANNEL = plgpu.ShapeDtypeStruct((4, LANES), jnp.dtype(F32), layout=OF_CHANNEL)
+
+
+def _i32(value):
+    return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def _f32(value):
+    return mgpu.c(value, ir.F32Type.get())
+
+
+def _bits(value):
+    return arith.bitcast(ir.IntegerType.get_signless(32), value)
+
+
+def _add(a, b):
+    return arith.addf(a, b, fastmath=arith.FastMathFlags.contract)
+
+
+def _multiply(a, b):
+    return arith.mulf(a, b, fastmath=arith.FastMathFlags.contract)
+
+
+def _elements(registers):
+    """Return the scalars of a thread, a list for each of its vectors."""
+    of = lambda i: ir.DenseI64ArrayAttr.get([i])
+    extract = lambda x, i: vector.extract(x, dynamic_position=[], static_position=of(i))
+    return [[extract(x, i) for i in range(ir.VectorType(x.type).shape[0])] for x in registers.flat]
+
+
+def _product(a, b, sums):
+    """Add to sums [4] a product of a [4] and b [2], bits of float32 that are read as TF32."""
+    f32 = ir.F32Type.get()
+    results = llvm.inline_asm(
+        llvm.StructType.get_literal([f32] * 4),
+        [*a, *b, *sums],
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+    )
+    return [llvm.extractvalue(f32, results, [i]) for i in range(4)]
+
+
+def _pairs_of_channels(columns, row):
+    """Multiply columns [PER_THREAD][K] with row [K], two channels and two columns at a time."""
+    sums = []
+    for i in range(0, PER_THREAD, 2):
+        pair, total = columns[i : i + 2], [_f32(0.0)] * 4
+        for k in range(0, len(row), 2):
+            total = _product([pair[0][k], pair[1][k], pair[0][k + 1], pair[1][k + 1]], row[k : k + 2], total)
+        sums += [total[0], total[2]]  # the others are the same: all columns of the right operand are
+    layout = OF_CHANNEL.to_mgpu()
+    registers = np.empty(layout.registers_shape((4, LANES)), dtype=object)
+    registers.flat[:] = [vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), x) for x in sums]
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+@plgpu.inline_mgpu(arg_types=(STATE, OF_STATE), return_type=_A_CHANNEL)
+def _read(_, state, row):
+    columns = [[_bits(x) for x in channel] for channel in _elements(state.registers)]
+    return _pairs_of_channels(columns, [_bits(x) for part in _elements(row.registers) for x in part])
+
+
+@plgpu.inline_mgpu(arg_types=(STATE, STATE), return_type=_A_CHANNEL)
+def _read_each(_, state, weights):
+    columns = []
+    for x, w in zip(_elements(state.registers), _elements(weights.registers), strict=True):
+        products = [_multiply(a, b) for a, b in zip(x, w, strict=True)]
+        columns.append([_bits(_add(products[k], products[k + 1])) for k in (0, 2)])
+    return _pairs_of_channels(columns, [_bits(_f32(1.0))] * 2)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(), STATE, STATE))
+def _sum_channels(_, ref, first, second):
+    """Sum over a thread's channels, then over 8 lanes: each exchange halves the sums that a lane still works on."""
+    thread = mgpu.utils.thread_idx()
+    bits = lambda start, count: arith.andi(arith.shrui(thread, _i32(start)), _i32(2**count - 1))
+    sums = []
+    for array in (first, second):
+        total, *others = array.registers.flat
+        for x in others:
+            total = _add(total, x)
+        sums += _elements(np.asarray([total], dtype=object))[0]
+    for bit in (4, 3, 2):
+        upper = arith.cmpi(arith.CmpIPredicate.ne, bits(bit, 1), _i32(0))
+        halves = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+        keep = [arith.select(upper, high, low) for low, high in halves]
+        give = [arith.select(upper, low, high) for low, high in halves]
+        sums = [_add(mine, mgpu.utils.shfl_bfly(x, 2**bit)) for mine, x in zip(keep, give, strict=True)]
+    state = arith.addi(arith.muli(bits(0, 2), _i32(4)), bits(2, 2))
+    place = [arith.index_cast(ir.IndexType.get(), x) for x in (bits(5, 2), bits(4, 1), state)]
+    memref.store(sums[0], ref, place)
