@@ -15,6 +15,7 @@ gradients, or if a loss differs by more than a thousandth.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -185,21 +186,26 @@ def compare(report: dict[str, Any]) -> list[str]:
 def run(layout: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Have both halves compute, and return what there is to say of a layout."""
     theirs = [options.torch, str(THEIRS), *(["--briefly"] if options.briefly else [])]
+    have = functools.partial(subprocess.run, check=True)
     source = folder / "fla"
-    subprocess.run([*theirs, "make", str(source), f"--layout={layout}"], check=True)
-    report: dict[str, Any] = json.loads((source / "report.json").read_text())
-    truth = open_file(source / "truth.safetensors")
-    config, graphdef, params = read_run(source, folder / "imported")
-    batches = truth["batches"].read()
-    programs = Programs(config, graphdef, params, batches[0])
-    say("compiled")
-    errors = measure_once(config, programs, params, truth, report["loss"])
-    state, errors["losses"] = train(config, programs, params, batches)
-    say("gla_jax", errors["logits"], errors["decode"], max(errors["gradients"].values()), errors["losses"])
-    exported = export(config, programs, state, batches[0], folder)
+    have([*theirs, "make", str(source), f"--layout={layout}"])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        measured = pool.submit(have, [*theirs, "measure", str(source)])
+        report: dict[str, Any] = json.loads((source / "truth.json").read_text())
+        truth = open_file(source / "truth.safetensors")
+        config, graphdef, params = read_run(source, folder / "imported")
+        batches = truth["batches"].read()
+        programs = Programs(config, graphdef, params, batches[0])
+        say("compiled")
+        errors = measure_once(config, programs, params, truth, report["loss"])
+        state, errors["losses"] = train(config, programs, params, batches)
+        say("gla_jax", errors["logits"], errors["decode"], max(errors["gradients"].values()), errors["losses"])
+        exported = export(config, programs, state, batches[0], folder)
+        measured.result()
     del state
-    subprocess.run([*theirs, "check", str(exported)], check=True)
-    return report | {"gla_jax": errors, "exported": json.loads((exported / "report.json").read_text())}
+    have([*theirs, "check", str(exported)])
+    found = {"gla_jax": errors, "exported": json.loads((exported / "fla.json").read_text())}
+    return report | json.loads((source / "fla.json").read_text()) | found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The half of parity_fla.py that needs torch, Triton and fla, and no JAX: a random model of fla, and what it computes.
 
-    python benchmarks/parity_fla_torch.py make FOLDER --layout=340m       writes the model and what is compared
+    python benchmarks/parity_fla_torch.py make FOLDER --layout=340m       writes the model, and what is true of it
+    python benchmarks/parity_fla_torch.py measure FOLDER                  how far from that fla is
     python benchmarks/parity_fla_torch.py check FOLDER                    loads a model that gla-jax has exported
 
 `parity_fla.py` calls it. The truth that either library is measured against is the model written out below in plain
@@ -28,7 +29,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton.runtime.autotuner  # noqa: E402  (the variable is read when it is imported)
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 COMMON = {"num_heads": 4, "vocab_size": 32_000}
 LAYOUTS = {
@@ -82,6 +83,15 @@ def make_model(layout):
             scale = 0.3 if parameter.ndim == 1 else 1.5 * parameter.shape[-1] ** -0.5
             parameter += scale * torch.randn(parameter.shape, generator=generator, device=DEVICE)
     return model.train()
+
+
+def load_model(folder):
+    """Load a directory of fla's, or one that was exported to it."""
+    import_models()
+    from transformers import AutoModelForCausalLM
+
+    unfused = {} if CUDA else {"fuse_swiglu": False, "fuse_cross_entropy": False}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **unfused).to(DEVICE)
 
 
 def draw_batches(layout):
@@ -222,50 +232,47 @@ def say(*words):
 
 
 def make(folder, layout):
-    """Write the model, what is true of it, and how far fla is from that."""
+    """Write the model, and what is true of it."""
     model = make_model(layout)
-    batches = draw_batches(layout)
     model.save_pretrained(folder)
-    start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    truth = Truth(model)
+    batches, truth = draw_batches(layout), Truth(model)
     with torch.no_grad():
-        logits = truth.logits(batches[0])
-    loss, expected = gradients(truth, batches[0])
-    arrays = {f"gradient.{name}": value.float() for name, value in expected.items()}
-    arrays |= {"logits": logits.float(), "batches": batches.int()}
+        arrays = {"logits": truth.logits(batches[0]).float(), "batches": batches.int()}
+    loss, found = gradients(truth, batches[0])
+    arrays |= {f"gradient.{name}": value.float() for name, value in found.items()}
     save_file({name: value.contiguous().cpu() for name, value in arrays.items()}, folder / "truth.safetensors")
-    report = {"loss": loss, "losses": train(truth, batches), "fla": {}}
-    del arrays, truth
-    say("truth", report["losses"])
+    losses = train(truth, batches)
+    (folder / "truth.json").write_text(json.dumps({"loss": loss, "losses": losses}))
+    say("truth", losses)
+
+
+def measure(folder):
+    """Write how far fla is from what is true of the model that `make` wrote."""
+    report, truth = {}, load_file(folder / "truth.safetensors", device=DEVICE)
+    loss = json.loads((folder / "truth.json").read_text())["loss"]
+    batches = truth["batches"].long()
     for way in WAYS:
-        library = Library(model, way)
+        library = Library(load_model(folder).train(), way)
         with torch.no_grad():
-            found = {"logits": relative(library.logits(batches[0]), logits)}
+            found = {"logits": relative(library.logits(batches[0]), truth["logits"])}
             decoded = library.decode(batches[0])
-        found["decode"] = [relative(decoded[:, i], logits[:, i - DECODED]) for i in range(DECODED)]
+        found["decode"] = [relative(decoded[:, i], truth["logits"][:, i - DECODED]) for i in range(DECODED)]
         value, each = gradients(library, batches[0])
         found["loss"] = abs(value - loss) / loss
-        found["gradients"] = {name: relative(each[name], expected[name]) for name in expected}
+        found["gradients"] = {name: relative(each[name], truth[f"gradient.{name}"]) for name in each}
         del each
         found["losses"] = train(library, batches)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(start[name])
-        report["fla"][way] = found
+        report[way] = found
         worst = sorted(found["gradients"].items(), key=lambda item: -item[1])[:4]
         say(way, found["logits"], found["decode"], worst, found["losses"])
     names = ("torch", "triton", "transformers", "flash-linear-attention")
-    report["versions"] = {name: importlib.metadata.version(name) for name in names}
-    (folder / "report.json").write_text(json.dumps(report))
+    versions = {name: importlib.metadata.version(name) for name in names}
+    (folder / "fla.json").write_text(json.dumps({"fla": report, "versions": versions}))
 
 
 def check(folder):
     """Load what was exported, and say how far from the truth of it fla's logits and those of the exporter are."""
-    import_models()
-    from transformers import AutoModelForCausalLM
-
-    unfused = {} if CUDA else {"fuse_swiglu": False}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **unfused).to(DEVICE).eval()
+    model = load_model(folder).eval()
     theirs = {name: torch.from_numpy(array).to(DEVICE) for name, array in np.load(folder / "logits.npz").items()}
     input_ids = theirs["input_ids"].long()
     with torch.no_grad():
@@ -273,16 +280,19 @@ def check(folder):
         found = {way: relative(Library(model, way).logits(input_ids), truth) for way in WAYS}
     found["gla_jax"] = relative(theirs["logits"], truth)
     say("exported", found)
-    (folder / "report.json").write_text(json.dumps(found))
+    (folder / "fla.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("make", "check"))
+    parser.add_argument("action", choices=("make", "measure", "check"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, default="340m")
     parser.add_argument("--briefly", action="store_true", help="tune kernels among few of Triton's choices")
     options = parser.parse_args()
     if options.briefly:
         tune_briefly()
-    make(options.folder, options.layout) if options.action == "make" else check(options.folder)
+    if options.action == "make":
+        make(options.folder, options.layout)
+    else:
+        {"measure": measure, "check": check}[options.action](options.folder)
