@@ -69,13 +69,17 @@ _dot.defvjp(_forward, _backward)
 
 def _multiply(a: Scaled, b: Scaled, summed: tuple[tuple[int, ...], tuple[int, ...]], wanted: _Type) -> jax.Array:
     """Sum over the given axes of two scaled arrays."""
+    left, right = jax.lax.optimization_barrier((a[0], b[0]))  # of no other product; see `one_input_each`
     y = jax.lax.dot_general(
-        a[0], b[0], (summed, ((), ())), preferred_element_type=jnp.float32, out_sharding=wanted.spec
+        left, right, (summed, ((), ())), preferred_element_type=wanted.dtype, out_sharding=wanted.spec
     )
-    scale = a[1] * b[1]
+    # A power of two rounds nothing, so it can follow in the product's own dtype, in the pass over the product that
+    # comes next. Left in sight of the product, it would become a pass of its own.
+    y = jax.lax.optimization_barrier(y)
+    scale = (a[1] * b[1]).astype(wanted.dtype)
     if wanted.spec is not None:  # JAX wants it said that a factor of sums that are not yet added up is the same for all
         scale = jax.sharding.reshard(scale, PartitionSpec(reduced=wanted.spec.unreduced))
-    return (y * scale).astype(wanted.dtype)
+    return y * scale
 
 
 def _type_of_gradient(x: jax.Array) -> _Type:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gla_jax.config import ConfigError
-from gla_jax.layers.recompute import recomputed
+from gla_jax.layers.recompute import recomputed_afresh
 from gla_jax.layers.recurrent_attention import RecurrentAttention, RecurrentAttentionOptions
 from gla_jax.parallel.sharding import out_sharding, share
 
@@ -45,7 +45,7 @@ class GatedLinearAttention(RecurrentAttention):
         low_rank = self.forget_gate_down(x, out_sharding=out_sharding("batch", "time", None))
         low_rank = share(low_rank, "heads", "batch", "time", None)
         logits = self.forget_gate_up(low_rank, out_sharding=out_sharding("batch", "time", "heads"))
-        return recomputed(self._log_decay)(logits).reshape(*x.shape[:2], self.num_kv_heads, self.key_size)
+        return recomputed_afresh(self._log_decay)(logits).reshape(*x.shape[:2], self.num_kv_heads, self.key_size)
 
     def _log_decay(self, logits: jax.Array) -> jax.Array:
         """Return g <= 0 in the compute dtype, which halves what the kernels read; the logarithm itself in float32."""

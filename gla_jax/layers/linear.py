@@ -77,6 +77,17 @@ def linear(
     )
 
 
+def one_input_each(x: jax.Array, *maps: Linear) -> tuple[jax.Array, ...]:
+    """Return x once for each map that will be applied to it, in the same order.
+
+    Of products with one factor in common, XLA for GPUs makes a single one if any is small, for which it copies the
+    weights together and the results apart again. Behind a barrier it does not know that the factor is the same.
+    """
+    if maps[0].float8:
+        return (x,) * len(maps)  # rounded once for all of them, and kept apart only then
+    return jax.lax.optimization_barrier((x,) * len(maps))
+
+
 def linear_flops(*maps: nnx.Linear | None) -> float:
     """Return the FLOPs per token of linear maps, two per weight; None counts nothing."""
     return float(sum(2 * m.in_features * m.out_features for m in maps if m is not None))

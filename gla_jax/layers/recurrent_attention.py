@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from gla_jax.config import ConfigError
 from gla_jax.layers.activation import ACTIVATIONS
 from gla_jax.layers.check import check_divides, check_one_of
-from gla_jax.layers.linear import linear, linear_flops
+from gla_jax.layers.linear import linear, linear_flops, one_input_each
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.rotary import continue_positions, rotate
@@ -178,11 +178,9 @@ class RecurrentAttention(nnx.Module):
         log_decay = self._forget_gate(x)
         x = share(x, "heads", "batch", "time", None)
         wide = out_sharding("batch", "time", "heads")
-        projected = {
-            "query": self.query(x, out_sharding=wide),
-            "key": self.key(x, out_sharding=wide),
-            "value": self.value(x, out_sharding=wide),
-        }
+        maps = {"query": self.query, "key": self.key, "value": self.value}
+        inputs = one_input_each(x, *maps.values())
+        projected = {name: maps[name](x, out_sharding=wide) for name, x in zip(maps, inputs, strict=True)}
         convolutions = {}
         for name, convolution in self.convolutions.items():
             past = None if state is None else state["convolutions"][name]
