@@ -19,7 +19,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SHIFTED,
     SLAB,
     UP_TO_HERE,
-    WGMMA,
     add_matmul,
     along_rows,
     barrier,
@@ -29,6 +28,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     halves,
     kernel,
     load,
+    load_state,
     matmul,
     result,
     set_registers,
@@ -201,7 +201,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 plgpu.barrier_arrive(chunk_free.at[even])
                 return tuple(state), tuple(next_middle)
 
-            final = lambda s: plgpu.load(d_final_ref.at[row, head, rows(s), columns], layout=WGMMA, optimized=False)
+            final = lambda s: load_state(d_final_ref.at[row, head, rows(s), columns])
             start = tuple(final(s) for s in range(slabs)), (zero_row(),) * slabs
             if chunks % 2:
                 for s in range(slabs):

@@ -34,7 +34,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SHIFTED,
     SLAB,
     UP_TO_HERE,
-    WGMMA,
     along_rows,
     barrier,
     choose,
@@ -45,6 +44,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     halves,
     kernel,
     load,
+    load_state,
     matmul,
     put_split,
     put_table,
@@ -249,7 +249,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.copy_smem_to_gmem(dv_s, dv_ref.at[row, tokens(n), head])
                 return dr, middle
 
-            start = plgpu.load(d_final_ref.at[row, head], layout=WGMMA, optimized=False), zero_row()
+            start = load_state(d_final_ref.at[row, head]), zero_row()
             dr, middle = walk(chunk, start)
             d_initial_ref.at[row, head][...] = dr * along_rows(jnp.exp(middle), shape)
             plgpu.barrier_wait(du_free)

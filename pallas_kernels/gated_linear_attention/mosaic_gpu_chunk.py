@@ -83,8 +83,11 @@ def barrier(arrivals, count=1):
 
 
 def kernel(body, *, name, interpret, warpgroups=3, **kwargs):
-    """Return `body` as a kernel of so many warpgroups."""
-    return plgpu.kernel(
+    """Return `body` as a kernel of so many warpgroups.
+
+    Its results vary over the manual mesh axes that its first argument varies over, which they do not by themselves.
+    """
+    run = plgpu.kernel(
         body,
         num_threads=warpgroups,
         thread_name="warpgroup",
@@ -93,6 +96,13 @@ def kernel(body, *, name, interpret, warpgroups=3, **kwargs):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True),
         **kwargs,
     )
+
+    def call(*arguments):
+        axes = lambda array: jax.typeof(array).manual_axis_type.varying
+        vary = lambda array: lax.pcast(array, tuple(sorted(axes(arguments[0]) - axes(array))), to="varying")
+        return jax.tree.map(vary, run(*arguments))
+
+    return call
 
 
 def result(shape, dtype, like):
@@ -119,10 +129,22 @@ def turned(x, interpret):
     return x if interpret else plgpu.layout_cast(x, TRANSPOSED)
 
 
-def load_turned(ref, interpret):
-    """Read the transpose of an array in global memory, as it is, into registers."""
-    x = plgpu.load(ref.T, layout=WGMMA if interpret else TRANSPOSED, optimized=False)
-    return x if interpret else plgpu.layout_cast(x, WGMMA)
+def load_state(ref):
+    """Read a float32 array in global memory, for a loop to start from, as it is.
+
+    The type of what is loaded varies over manual mesh axes as the type of the whole array does, and that of a sum does
+    not, nor that of anything computed from it: a loop wants the same type at its start as at its end.
+    """
+    x = plgpu.load(ref, layout=WGMMA, optimized=False)
+    return x + zeros(x.shape)
+
+
+def load_turned_state(ref, interpret):
+    """Read the transpose of what `load_state` reads."""
+    if interpret:  # which has no layouts
+        return load_state(ref.T)
+    x = plgpu.layout_cast(plgpu.load(ref.T, layout=TRANSPOSED, optimized=False), WGMMA)
+    return x + zeros(x.shape)
 
 
 def matmul(*pairs, shape=(CHUNK, CHUNK)):

@@ -38,7 +38,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     exceeds_bound,
     kernel,
     load,
-    load_turned,
+    load_turned_state,
     matmul,
     put_table,
     result,
@@ -309,7 +309,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             if initial_ref is None:
                 state = zeros((VALUES, key_dim))
             else:
-                state = load_turned(initial_ref.at[row, head, :, mine], interpret)
+                state = load_turned_state(initial_ref.at[row, head, :, mine], interpret)
             state = lax.fori_loop(0, chunks, chunk, state)
             plgpu.barrier_wait(ready.at[chunks % 2])
             final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])

@@ -31,7 +31,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SLAB,
     barrier,
     kernel,
-    load_turned,
+    load_turned_state,
     matmul,
     result,
     set_registers,
@@ -228,7 +228,7 @@ def walk(
             if not starts:
                 state = zeros((COLUMNS, key_dim))
             else:
-                state = load_turned(start_ref.at[row, part, head, :, mine], interpret)
+                state = load_turned_state(start_ref.at[row, part, head, :, mine], interpret)
             state = lax.fori_loop(0, steps, chunk, state)
             for s in range(slabs if ends else 0):
                 end_ref.at[row, part, head, slab(s), mine].T[...] = flip(of_slab(state, s))

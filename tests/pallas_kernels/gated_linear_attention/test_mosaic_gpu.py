@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import gated_linear_attention
 from pallas_kernels.gated_linear_attention.block_sizes import GpuBlockSizes, gpu_block_sizes
 
 mosaic_gpu = importlib.import_module("pallas_kernels.gated_linear_attention.mosaic_gpu")
@@ -173,6 +174,37 @@ def test_sizes_fit_the_heads_and_the_chip(key_dim, value_dim):
                 assert chunks >= 4 * sizes.segments
     assert gpu_block_sizes(key_dim, value_dim, 1, 512).segments >= 33
     assert gpu_block_sizes(key_dim, value_dim, 512, 32).segments == 1
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "time"),
+    [(64, 256), pytest.param(128, 256, marks=pytest.mark.long), pytest.param(256, 1024, marks=pytest.mark.long)],
+)
+def test_gradients_of_what_is_laid_out_over_a_mesh_lower_for_cuda(key_dim, time, monkeypatch):
+    monkeypatch.setattr(
+        mosaic_gpu, "unsupported", lambda *args, **kwargs: None
+    )  # which asks for the devices of this test
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    spec = jax.sharding.PartitionSpec
+
+    def like(dtype, layout, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, layout))
+
+    def loss(query, key, value, log_decay, initial_state):
+        results = gated_linear_attention(
+            query, key, value, log_decay, initial_state=initial_state, implementation="mosaic_gpu"
+        )
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in results)
+
+    with jax.set_mesh(mesh):
+        token = functools.partial(like, jnp.bfloat16, spec("data", None, "tensor"), 4, time, 4)
+        state = like(jnp.float32, spec("data", "tensor"), 4, 4, key_dim, 64)
+        traced = jax.jit(jax.grad(loss, argnums=range(5))).trace(
+            token(key_dim), token(key_dim), token(64), token(key_dim), state
+        )
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line.rsplit("->", 1)[1] for line in program.splitlines() if "@mosaic_gpu" in line]
+    assert len(calls) >= 2 and all("tensor<1x" in line and "tensor<4x" not in line for line in calls)
 
 
 def test_recomputed_layers_run_no_kernel_for_nothing():
