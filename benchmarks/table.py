@@ -25,7 +25,7 @@ def training(rows: Sequence[Row]) -> list[str]:
         spread, share = f"{rate['least']} .. {rate['most']}", "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         figures = [f"{row['step_ms']:.1f}", share, f"{row['memory_GiB']['program']:.1f}"]
         whole.append(
-            [row["model"], row["shape"], str(row.get("documents", 1)), f"**{rate['median']}**", spread, *figures]
+            [_name(row), row["shape"], str(row.get("documents", 1)), f"**{rate['median']}**", spread, *figures]
         )
     head = ["model", "rows x tokens", "documents a row", "tokens/s", "slowest .. fastest", "ms", "MFU", "memory, GiB"]
     tables = [markdown(head, whole)]
@@ -35,8 +35,12 @@ def training(rows: Sequence[Row]) -> list[str]:
         names = list(dict.fromkeys(name for parts in times for name in parts))
         lines = [[name, *(f"{parts.get(name, 0):.1f}" for parts in times)] for name in names]
         lines.append(["busy in all", *(f"{row['kernels']['busy']:.1f}" for row in taken_apart)])
-        tables.append(markdown(["part, ms", *(f"{row['model']} {row['shape']}" for row in taken_apart)], lines))
+        tables.append(markdown(["part, ms", *(f"{_name(row)} {row['shape']}" for row in taken_apart)], lines))
     return tables
+
+
+def _name(row: Row) -> str:
+    return " ".join([row["model"], *row.get("set", [])])
 
 
 def layers(rows: Sequence[Row]) -> list[str]:
