@@ -237,7 +237,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     for ending, kind in kinds.items():
         if re.search(f"{ending}$", name):
             if not os.path.isfile(name):
-                raise ConfigError(f"tokenizer={name!r}: there is no such file; the tokeniser that the tokens are of belongs there.")
+                raise ConfigError(f"tokenizer={name!r}: there is no such file; the tokens' tokeniser belongs there.")
             return kind(name)
     raise ConfigError(
         f'tokenizer={name!r} is none of "bytes", a Hugging Face tokenizer.json and a SentencePiece .model file.'
