@@ -10,6 +10,7 @@ candidate has a process of its own, of which one at a time uses the GPU.
 import argparse
 import concurrent.futures
 import importlib
+import math
 import multiprocessing
 import os
 import sys
@@ -78,9 +79,9 @@ def main():
         for (*sizes, batch_heads, value_tile, cut), result in running.items():
             forward, both = result.result()
             how = f"tile {value_tile}{', cut' if cut else ''}"
-            print(f"K, V = {sizes}, {batch_heads:3} rows x heads, {how:13} {forward:.3f} {both:.3f} ms", flush=True)
+            print(f"K, V = {tuple(sizes)}, {batch_heads:3} rows x heads, {how:13} {forward:.3f} {both:.3f} ms", flush=True)
             places = best.setdefault(tuple(sizes), {})
-            places[batch_heads] = min(places.get(batch_heads, (both,)), (both, value_tile, cut))
+            places[batch_heads] = min(places.get(batch_heads, (math.inf,)), (both, value_tile, cut))
     print("_H100 = {")
     for sizes, places in best.items():
         table = {place: (tile, cut) for place, (_, tile, cut) in places.items()}
