@@ -79,7 +79,7 @@ def main():
         for (*sizes, batch_heads, value_tile, cut), result in running.items():
             forward, both = result.result()
             how = f"tile {value_tile}{', cut' if cut else ''}"
-            print(f"K, V = {tuple(sizes)}, {batch_heads:3} rows x heads, {how:13} {forward:.3f} {both:.3f} ms", flush=True)
+            print(f"{tuple(sizes)}, {batch_heads:3} rows x heads, {how:13} {forward:.3f} {both:.3f} ms", flush=True)
             places = best.setdefault(tuple(sizes), {})
             places[batch_heads] = min(places.get(batch_heads, (math.inf,)), (both, value_tile, cut))
     print("_H100 = {")

@@ -88,8 +88,8 @@ class GpuBlockSizes:
     segments: int
 
 
-# By K, V and by rows times heads up to which they are the best: value_tile, and whether rows are cut. Timed at 4, 16, 64
-# and 512 rows times heads; between these by the time that a chunk takes, which few rows do not shorten.
+# By K, V and by rows times heads up to which they are the best: value_tile, and whether rows are cut. Timed at 4, 16,
+# 64 and 512 rows times heads; between these by the time that a chunk takes, which few rows do not shorten.
 _H100 = {
     (64, 64): {16: (64, True), 32: (64, True), 64: (64, False)},
     (128, 128): {16: (64, True), 32: (64, False), 64: (64, False), 128: (128, False)},
