@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from gla_jax.layers.float8 import float8_dot
 from gla_jax.layers.recompute import recomputed
 from gla_jax.parallel.sharding import axis_size, gather_weight
+from pallas_kernels.target import target
 
 
 class Linear(nnx.Linear):
@@ -82,10 +83,12 @@ def one_input_each(x: jax.Array, *maps: Linear) -> tuple[jax.Array, ...]:
 
     Of products with one factor in common, XLA for GPUs makes a single one if any is small, for which it copies the
     weights together and the results apart again. Behind a barrier it does not know that the factor is the same.
+    Single tokens it may treat so: there, launches cost more than copies.
     """
-    if maps[0].float8:
-        return (x,) * len(maps)  # rounded once for all of them, and kept apart only then
-    return jax.lax.optimization_barrier((x,) * len(maps))
+    inputs = (x,) * len(maps)
+    if maps[0].float8 or x.shape[1] == 1 or target().platform != "gpu":
+        return inputs  # 8-bit factors are kept apart once x has been rounded, for all maps together
+    return jax.lax.optimization_barrier(inputs)
 
 
 def linear_flops(*maps: nnx.Linear | None) -> float:
