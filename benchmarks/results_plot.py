@@ -1,17 +1,14 @@
-"""Draw the figures of docs/results.md: associative recall, what the gate is worth, loss by position.
+"""Draw the figures of docs/results.md: associative recall, and loss by position.
 
     python benchmarks/results_plot.py recall benchmarks/mqar_h100.jsonl --output=docs/mqar.png
-    python benchmarks/results_plot.py gates benchmarks/gates_h100.jsonl --output=docs/gates.png
     python benchmarks/results_plot.py position benchmarks/by_position_h100/*.jsonl --output=docs/by_position.png
 
-The files are what `python -m gla_jax.sweep` wrote, and for `position` what `python -m gla_jax.evaluate --by-position`
-printed, a file for each model, named by what its line in the figure is to be called. Needs the extra `plot`.
+The files are what `python -m gla_jax.sweep` wrote for the first, and what `python -m gla_jax.evaluate --by-position`
+printed for the second, a file for each model, named by what its line is to be called. Needs the extra `plot`.
 """
 
 import argparse
 import json
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,15 +35,6 @@ _PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 p
     (512, "retention"): {64: 5, 128: 87, 256: 96, 512: 97},
     (512, "mamba"): {64: 81, 128: 100, 256: 100, 512: 100},
 }
-_PAPER_GATES = {  # table 4, the logarithm of training perplexity
-    ("linear_attention", "none", 4): 3.145,
-    ("retention", "none", 4): 2.806,
-    ("linear_attention", "scalar", 4): 2.745,
-    ("gla", "none", 4): 2.693,
-    ("gla", "none", 1): 2.682,
-    ("gla", "none", 8): 2.727,
-}
-_GATE_NAMES = ("no gate", "RetNet", "scalar", "GLA, 4 heads", "GLA, 1 head", "GLA, 8 heads")
 
 
 def draw_recall(lines: Lines, figure: Any) -> None:
@@ -74,33 +62,6 @@ def draw_recall(lines: Lines, figure: Any) -> None:
     panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
 
 
-def draw_gates(lines: Lines, figure: Any) -> None:
-    """Training loss above GLA's with 4 heads, in nats: a dot for the best rate of every seed; and the paper's."""
-    figure.set_size_inches(6, 3)
-    found: dict[Any, list[float]] = defaultdict(list)
-    for line in lines:
-        point, last = line["point"], line["evaluations"][-1]
-        gate = point["model.mixers.linear_attention.gate"]
-        if last["step"] == line["settings"]["steps"]:
-            count = len(line["settings"].get("seeds") or [0])
-            of_seeds = [[x for x in last["loss"][seed::count] if x is not None] for seed in range(count)]
-            found[point["model.mixer"], gate, point["model.num_heads"]] += [min(losses) for losses in of_seeds]
-    axes = figure.subplots()
-    base = statistics.mean(found["gla", "none", 4])
-    ours = {key: [x - base for x in found[key]] for key in _PAPER_GATES if key in found}
-    places = [list(_PAPER_GATES).index(key) for key in ours]
-    axes.plot(places, [statistics.mean(gaps) for gaps in ours.values()], "_", color="C0", markersize=18)
-    dots = [(place, gap) for place, gaps in zip(places, ours.values(), strict=True) for gap in gaps]
-    axes.plot(*zip(*dots, strict=True), "o", color="C0", alpha=0.6, label="here, nats per byte")
-    paper = [loss - _PAPER_GATES["gla", "none", 4] for loss in _PAPER_GATES.values()]
-    axes.plot(range(len(paper)), paper, "x", color="C1", label="the paper, nats per token")
-    axes.set_yscale("symlog", linthresh=0.02)
-    axes.set_xticks(range(len(_GATE_NAMES)), _GATE_NAMES, fontsize=8)
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set_ylabel("above GLA with 4 heads")
-    axes.legend(frameon=False, fontsize=8)
-
-
 def draw_position(models: dict[str, Lines], figure: Any) -> None:
     """Loss over position, a line for each model."""
     figure.set_size_inches(6, 3.4)
@@ -123,7 +84,7 @@ def best_accuracy(line: dict[str, Any]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read lines of JSON, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=("recall", "gates", "position"))
+    parser.add_argument("figure", choices=("recall", "position"))
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="lines of JSON")
     parser.add_argument("--output", required=True, type=Path, help="the picture; its ending chooses the format")
     options = parser.parse_args(arguments)
@@ -132,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.figure == "position":
         draw_position(files, figure)
     else:
-        lines = [line for each in files.values() for line in each]
-        (draw_recall if options.figure == "recall" else draw_gates)(lines, figure)
+        draw_recall([line for lines in files.values() for line in lines], figure)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.output, dpi=160)

@@ -15,15 +15,6 @@ def recall_line(mixer, size, length, accuracies):
     }
 
 
-def gate_line(mixer, heads, losses, seeds=None, step=8):
-    names = ("model.mixer", "model.mixers.linear_attention.gate", "model.num_heads")
-    return {
-        "point": dict(zip(names, (mixer, "none", heads), strict=True)),
-        "evaluations": [{"step": 4, "loss": [3.0] * len(losses)}, {"step": step, "loss": losses}],
-        "settings": {"steps": 8, "seeds": seeds},
-    }
-
-
 def buckets(*losses):
     return [{"from": 256 * i, "to": 256 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
 
@@ -59,14 +50,6 @@ def test_recall_shows_the_best_of_all_evaluations_and_rates(tmp_path):
     short, long = drawn(tmp_path, "recall", points=lines)
     assert short["GLA"] == [[64, 80], [128, 100]]
     assert long["attention"] == [[64, 50]]
-
-
-def test_gates_are_measured_from_gla_with_four_heads(tmp_path):
-    gla = gate_line("gla", 4, [1.0, 1.5, None, 1.2], seeds=[0, 1])  # two learning rates of two seeds
-    lines = [gla, gate_line("retention", 4, [1.3, 1.4]), gate_line("gla", 8, [0.5], step=4)]
-    (panel,) = drawn(tmp_path, "gates", points=lines)
-    gaps = [gap for _, gap in panel["here, nats per byte"]]
-    assert gaps == pytest.approx([0.2, -0.1, 0.1]), "a run that was cut is not drawn"
 
 
 def test_position_has_a_line_for_each_file(tmp_path):
