@@ -1,26 +1,35 @@
 """The parallel part of the backward pass of wide heads on Hopper; see `mosaic_gpu_backward_sweep` for its algebra.
 
-One thread block per 64 key channels and pair of chunks. Of a pair, only R of its first chunk and dU of its second go
-through memory. With a = 1 in a bounded chunk and e^{G_last} in an exact one, b the decay from U of the first chunk to R
-of the second, M_10 = do_1 v_0^T, and products of the first chunk's R and the second's dU alone,
+One thread block per pair of chunks and 128 key channels. Of a pair, only R of its first chunk and dU of its second go
+through memory. With b the decay from U of the first chunk to R of the second, M_10 = do_1 v_0^T, and products of the
+first chunk's R and the second's dU alone,
 
-    Z = do_1 R_0^T,   W = v_0 dU_1^T,   s = sum over V of R_0 dU_1,
-    X_1 = b (a_0 Z + M_10 k_0') + M_11 k_1',          r_1 = a_1 b (a_0 s + sum over t of k_0' W),
-    Y_U0 = b (a_1 W + M_10^T q_1'),                   r_0 = a_0 b (a_1 s + sum over t of q_1' Z).
+    Z = do R_0^T,   W = v dU_1^T,   s = sum over V of R_0 dU_1,
+    X_0 = Z_0 + M_00 k_0',                      r_0 = b (s + sum over t of q_1' Z_1),
+    X_1 = b (Z_1 + M_10 k_0') + M_11 k_1',      r_1 = b (s + sum over t of k_0' W_0),
+    Y_0 = b (W_0 + M_10^T q_1'),                Y_1 = W_1,
 
-What is saved may also be S at the start of the first chunk and dS at the end of the second: R_0 = x_0 S, dU_1 = y_1 dS
-with x = e^{G_m} and y = e^{G_last - G_m} in a bounded chunk, 1 in an exact one. Four warpgroups each take one side,
-query's or key's, of one chunk; the lightest of them also drives the copy engine. All blocks of a pair read d_out and v;
-clusters of two share them.
+dq = scale e^D X, dk = e^-D (Y + M^T q'), and dg of a chunk is r plus sums over its tokens of q' X, k' Y and k' M^T q'.
+What is saved may also be S at the start of the first chunk and dS at the end of the second: then R_0 = e^{G_m} S and
+dU_1 = e^{G_last - G_m} dS.
+
+Each of four warpgroups takes one chunk and 64 of the channels. The value columns stream through three stages of shared
+memory, then queries and keys, then the log decays; what was in a stage makes room for what is computed. Two blocks of a
+pair form a cluster and read v and d_out once.
+
+All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
+it: code for exact chunks in this kernel would cost it registers that it does not have.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BEFORE,
     BF16,
@@ -32,11 +41,9 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     UP_TO_HERE,
     add_matmul,
     barrier,
-    choose,
-    clamp_log_decay,
     constants,
     decay_source,
-    exact_gradient,
+    first_columns,
     halves,
     kernel,
     load,
@@ -44,13 +51,19 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     put_split,
     result,
     tile,
-    when,
     zero_row,
 )
 
-_STAGES = 2  # of the value columns, 64 at a time, on their way to shared memory
-# Rows of the products of decays: b; b a_0 x_0; b a_1 y_1; all of these; x_0; y_1.
-_BETWEEN, _FROM_START, _TO_END, _ACROSS, _START, _END = range(6)
+_LOG2_E = math.log2(math.e)
+_STAGES, _TILES = 3, 8  # stages of shared memory, tiles of each
+_SLABS = 2  # of channels in a thread block
+# The first tiles of what a stage holds. Of value columns: d_out and v by chunk, R and dU by slab.
+_D_OUT, _V, _R, _DU = 0, 2, 4, 6
+# After the last of these, one stage holds q and k, one g and M_00, M_10, M_11, one two tiles of each warpgroup to use.
+_Q, _K = 0, 4
+_G, _M = 0, 4
+_A, _B = 0, 4
+_TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
 def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edges, interpret=False):
@@ -69,281 +82,235 @@ def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edg
     Returns:
         dq, dk, dg: a head of the query each, [B, T, H, K] bfloat16.
     """
+    arrays = q, k, v, g, d_out, states, d_states
+    options = {"scale": scale, "at_edges": at_edges, "interpret": interpret}
+    if q.shape[-1] % (_SLABS * SLAB) or len(g) > 1 or scale <= 0:
+        return backward_pairs(*arrays, exact, **options)
+    return _bounded(*arrays, redo=lambda results: backward_pairs(*arrays, exact, results, **options), **options)
+
+
+def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, interpret):
+    """Compute the gradients as if all chunks were bounded, and `redo` those that are not."""
     batch, time, heads, key_dim = q.shape
-    value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
-    chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // SLAB, value_dim // SLAB
-    # Blocks of a cluster: on an H100, (K, V) = (128, 256) takes 0.34 ms alone and 0.30 in twos; at (256, 512) fours are
-    # slower than twos, as blocks that share also wait for each other.
-    share = 2 if key_tiles % 2 == 0 and not interpret else 1
+    value_dim, group = v.shape[-1], heads // k.shape[2]
+    chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // (_SLABS * SLAB), value_dim // SLAB
+    share = 2 if key_tiles % 2 == 0 and not interpret else 1  # blocks of a cluster
+    # the stages that follow that of the last value columns, `last`
+    of_keys, of_gates, last = (i % _STAGES for i in (value_tiles, value_tiles + 1, value_tiles - 1))
+    log_scale = math.log2(scale)
 
     def body(
-        q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, exact_ref, select_ref, triangles_ref, tables_ref,
-        *refs,
+        q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
+        dq_ref, dk_ref, dg_ref,
+        stages_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s, sums_s,
+        constants_full, gates_full, full, free, streamed, gated, crossed, done,
     ):  # fmt: skip
-        g_refs, refs = refs[:terms], refs[terms:]
-        (
-            dq_ref, dk_ref, dg_ref,
-            q_s, k_s, g_s, v_s, d_out_s, r_s, du_s, m_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s,
-            sums_s, exact_s,
-            inputs_full, full, free, q_ready, k_ready, m_ready, decays_ready, streamed, products_ready, clamped,
-            raw_full, done,
-        ) = refs  # fmt: skip
         pair, head, row = (lax.axis_index(a) for a in "nhb")
-        key_index = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
+        block = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
         warpgroup = lax.axis_index("warpgroup")
-        kv_head, channels = lax.div(head, group), pl.ds(key_index * SLAB, SLAB)
+        shared = "c" if share > 1 else None
+        kv_head = lax.div(head, group)
         tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
-        g_tiles = lambda c: [g_s.at[c, t] for t in range(terms)]
-        exponents = lambda w, c: matmul(*((w, term) for term in g_tiles(c)))
-        column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
-        decays = lambda index: lax.broadcast_in_dim(column(decays_s.at[index]), (CHUNK, SLAB), [1])
+        channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
+        each = [(s, c) for s in range(_SLABS) for c in range(2)]
+        at = lambda stage, first, s, c: stages_s.at[stage, first + 2 * s + c]
+        m_at = lambda index: stages_s.at[of_gates, _M + index]
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
             plgpu.barrier_wait(barrier_ref)
 
-        shared = "c" if share > 1 else None
-
-        def copy_inputs():
-            for c in range(2):
-                for t, g_ref in enumerate(g_refs):
-                    source = decay_source(g_ref, row, 2 * pair + c, head, heads, key_index)
-                    plgpu.copy_gmem_to_smem(source, g_s.at[c, t], inputs_full)
-                plgpu.copy_gmem_to_smem(q_ref.at[row, tokens(c), head, channels], q_s.at[c], inputs_full)
-                plgpu.copy_gmem_to_smem(k_ref.at[row, tokens(c), kv_head, channels], k_s.at[c], inputs_full)
+        def copy_constants():
             for index, table in ((SHIFTED, shift_s), (UP_TO_HERE, to_here_s), (BEFORE, before_s)):
-                plgpu.copy_gmem_to_smem(triangles_ref.at[index], table, inputs_full)
-            plgpu.copy_gmem_to_smem(select_ref, select_s, inputs_full)
-            for c in range(2):  # a row of odd length ends with half a pair
-                n = 2 * pair + c
-                exact_s[c] = jnp.where(n < chunks, exact_ref[row, head, jnp.minimum(n, chunks - 1)], 0)
-            plgpu.barrier_arrive(inputs_full)
+                plgpu.copy_gmem_to_smem(triangles_ref.at[index], table, constants_full)
+            plgpu.copy_gmem_to_smem(select_ref, select_s, constants_full)
 
         def copy_values(j):
             slot, columns = lax.rem(j, _STAGES), pl.ds(j * SLAB, SLAB)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
             for c in range(2):
-                out_source = d_out_ref.at[row, tokens(c), head, columns]
-                plgpu.copy_gmem_to_smem(out_source, d_out_s.at[slot, c], full.at[slot], collective_axes=shared)
-                v_source = v_ref.at[row, tokens(c), kv_head, columns]
-                plgpu.copy_gmem_to_smem(v_source, v_s.at[slot, c], full.at[slot], collective_axes=shared)
-            plgpu.copy_gmem_to_smem(states_ref.at[row, head, pair, channels, columns], r_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(d_states_ref.at[row, head, pair, channels, columns], du_s.at[slot], full.at[slot])
+                d_out_source, v_source = d_out_ref.at[row, tokens(c), head], v_ref.at[row, tokens(c), kv_head]
+                copy(d_out_source.at[:, columns], stages_s.at[slot, _D_OUT + c], collective_axes=shared)
+                copy(v_source.at[:, columns], stages_s.at[slot, _V + c], collective_axes=shared)
+            for s in range(_SLABS):
+                copy(states_ref.at[row, head, pair, channels(s), columns], stages_s.at[slot, _R + s])
+                copy(d_states_ref.at[row, head, pair, channels(s), columns], stages_s.at[slot, _DU + s])
 
-        def gate(raw, c, factor, sign, exact, table, ready):
-            """Replace the raw tile by the gated one; `table` is the triangle that an exact chunk takes."""
-            bounded = (load(raw) * (jnp.exp(sign * exponents(shift_s, c)) * factor)).astype(BF16)
-            exactly = lambda: (load(raw) * (jnp.exp(exponents(table, c)) * factor)).astype(BF16)
-            raw[...] = choose(exact and exact[c], exactly, lambda: bounded)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(ready)
+        def copy_keys():
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[of_keys])
+            for s, c in each:
+                copy(q_ref.at[row, tokens(c), head, channels(s)], at(of_keys, _Q, s, c))
+                copy(k_ref.at[row, tokens(c), kv_head, channels(s)], at(of_keys, _K, s, c))
 
-        def clamp(exact):
-            for c in range(2):
-                chosen = jnp.logical_and(warpgroup == c, exact[c])
-                pl.when(chosen)(functools.partial(clamp_log_decay, g_tiles(c)))
-            sync(clamped)
+        def copy_gates():
+            for s, c in each:
+                source = decay_source(g_ref, row, 2 * pair + c, head, heads, block * _SLABS + s)
+                plgpu.copy_gmem_to_smem(source, at(of_gates, _G, s, c), gates_full)
 
-        def put_decays(exact):
-            """Write the decays from the first chunk to the second, and with those across the chunks themselves."""
-            (middle_0, rest_0), (middle_1, rest_1) = (halves(g_tiles(c), select_s) for c in range(2))
-            none = zero_row()
-            if exact is None:
-                exact = False, False
-            between = jnp.where(exact[0], none, rest_0) + jnp.where(exact[1], none, middle_1)
-            start = jnp.where(exact[0], none, middle_0) if at_edges else none
-            end = jnp.where(exact[1], none, rest_1) if at_edges else none
-            from_start = start + jnp.where(exact[0], middle_0 + rest_0, none)
-            to_end = end + jnp.where(exact[1], middle_1 + rest_1, none)
-            for index, x in (
-                (_BETWEEN, between), (_FROM_START, between + from_start), (_TO_END, between + to_end),
-                (_ACROSS, between + from_start + to_end), (_START, start), (_END, end),
-            ):  # fmt: skip
-                decays_s.at[index][...] = jnp.exp(x)
-            plgpu.barrier_arrive(decays_ready)
+        def fill(j):
+            """Fetch what stage `j` of all holds."""
+            pl.when(j < value_tiles)(lambda: copy_values(j))
+            pl.when(j == value_tiles)(copy_keys)
+            pl.when(j == value_tiles + 1)(copy_gates)
 
-        def stream(sides, of_slot, dot=None, refills=False):
-            """Sum products over the value columns; `of_slot` gives the operands, one pair a sum."""
+        def stream(s, c):
+            """Sum the products over the value columns: M of the two chunks that are this warpgroup's, Z, W, and s."""
+            other = 0 if c == 0 else s
 
-            def accumulate(*sums):
+            def accumulate(m, z, w):
                 def one(j, total):
                     slot = lax.rem(j, _STAGES)
+                    of = lambda index: stages_s.at[slot, index]
                     plgpu.barrier_wait(full.at[slot])
-                    for accumulator, (a, b) in zip(sums, of_slot(slot), strict=True):
-                        plgpu.wgmma(accumulator, a, b)
-                    if dot is not None:
-                        total += dot(slot)
+                    plgpu.wgmma(m, of(_D_OUT + c), of(_V + other).T)
+                    plgpu.wgmma(z, of(_D_OUT + c), of(_R + s).T)
+                    plgpu.wgmma(w, of(_V + c), of(_DU + s).T)
+                    if c == 0:
+                        total += jnp.sum(load(of(_R + s)) * load(of(_DU + s)), axis=1)
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
-                    if refills:
+
+                    def refill():
                         plgpu.barrier_wait(free.at[slot])
-                        pl.when(j + _STAGES < value_tiles)(lambda: copy_values(j + _STAGES))
+                        fill(j + _STAGES)
+
+                    if c == 1:
+                        pl.when(s == 0)(refill)
                     return total
 
-                total = lax.fori_loop(0, value_tiles, one, None if dot is None else zero_row())
-                return *(x[...] for x in sums), total
+                total = lax.fori_loop(0, value_tiles, one, zero_row() if c == 0 else None)
+                return m[...], z[...], w[...], total
 
-            return lax.optimization_barrier(pl.run_scoped(accumulate, *[plgpu.ACC((CHUNK, SLAB), F32)] * sides))
+            return lax.optimization_barrier(pl.run_scoped(accumulate, *[plgpu.ACC((CHUNK, SLAB), F32)] * 3))
 
-        def put_m(m, index):
-            m_s.at[index][...] = m.astype(BF16)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(m_ready.at[index])
+        def work(c):
+            s = lax.div(warpgroup, 2)
+            g_tile = at(of_gates, _G, s, c)
+            q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
+            a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
+            exponents = lambda: matmul((shift_s, g_tile)) * _LOG2_E
+            column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
+            spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
+            to_end = lambda: column(decays_s.at[s, 1, _FROM_MIDDLE])
+            from_start = lambda: column(decays_s.at[s, 0, _TO_MIDDLE])
+            between = lambda: column(decays_s.at[s, 0, _FROM_MIDDLE]) * column(decays_s.at[s, 1, _TO_MIDDLE])
 
-        # the mask is read from shared memory: index arithmetic would be hoisted into registers
-        lower = lambda m: jnp.where(load(to_here_s) > 0, m, 0.0)
+            def put_sums(x, of_chunk):
+                """Write the sums over tokens by a product: reductions of two warpgroups would share their memory."""
+                a_tile[...] = x.astype(BF16)
+                plgpu.commit_smem()
+                first, second = halves([a_tile], select_s)
+                sums_s.at[s, of_chunk][...] = first + second
 
-        def put_sums(x, buffer, index):
-            """Write the sums of x over the tokens; reducing registers would share its memory between warpgroups."""
-            buffer[...] = x.astype(BF16)
-            plgpu.commit_smem()
-            first, second = halves([buffer], select_s)
-            sums_s.at[index][...] = first + second
+            def put(x, target, out_ref):
+                target[...] = x.astype(BF16)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(target, out_ref.at[row, tokens(c), head, channels(s)])
 
-        def raw_again(q_tile, k_tile, c):
-            """Load q and k once more: the gated tiles took their place."""
-            plgpu.commit_smem()
-            full = raw_full.at[warpgroup]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, tokens(c), head, channels], q_tile, full)
-            plgpu.copy_gmem_to_smem(k_ref.at[row, tokens(c), kv_head, channels], k_tile, full)
-            plgpu.barrier_wait(full)
+            def load_w():
+                return load(b_tile) * spread(to_end()) if at_edges else load(b_tile)
 
-        # Once all are done with the streams, their buffers serve again. Of chunk c, d_out_s and v_s hold the products P
-        # of the query's and of the key's side, r_s holds Q, du_s takes dq; dk takes the place of k'.
-        query_products = lambda c: (d_out_s.at[0, c], d_out_s.at[1, c])
-        key_products = lambda c: (v_s.at[0, c], v_s.at[1, c])
-
-        def write_dg(c):
-            pairs = [(to_here_s.T, x) for x in (*query_products(c), *key_products(c))]
-            dg = matmul(*pairs, (before_s, r_s.at[c]))
-            outer = _FROM_START if c == 0 else _TO_END
-            constant = column(decays_s.at[_ACROSS]) * column(dot_s) + column(decays_s.at[outer]) * column(sums_s.at[c])
-            target = d_out_s.at[0, c]
-            target[...] = (dg + lax.broadcast_in_dim(constant, (CHUNK, SLAB), [1])).astype(BF16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(target, dg_ref.at[row, tokens(c), head, channels])
-
-        def query(c, exact):
-            high, low = query_products(c)
-            gate(q_s.at[c], c, scale, 1.0, exact, to_here_s, q_ready.at[c])
-            m, z, _ = stream(2, lambda slot: ((d_out_s.at[slot, c], x.T) for x in (v_s.at[slot, 0], r_s.at[slot])))
-            put_m(lower(m) if c == 0 else m, c)
-            plgpu.barrier_wait(decays_ready)
-            plgpu.barrier_wait(k_ready.at[0])
+            m, z, w, total = stream(s, c)
+            plgpu.barrier_wait(constants_full)
+            plgpu.barrier_wait(gates_full)
             if c == 0:
-                x = decays(_START) * z if at_edges else z
+                dot_s.at[s][...] = total
+                lower = jnp.where(load(to_here_s) > 0, m, 0.0).astype(BF16)
+                pl.when(s == 0)(lambda: m_at(0).__setitem__(..., lower))
             else:
-                x = decays(_FROM_START) * z + decays(_BETWEEN) * matmul((m_s.at[1], k_s.at[0]))
-                plgpu.barrier_wait(k_ready.at[1])
-                plgpu.barrier_wait(m_ready.at[2])
-            # an exact chunk takes the parts of its own M by levels
-            all_of = lambda: add_matmul(x, m_s.at[2 * c], k_s.at[c], interpret=interpret)
-            x = choose(exact and exact[c], lambda: x, all_of)
+                seen = load(to_here_s) + (1 - s).astype(F32) > 0  # all of the first chunk
+                m_at(1 + s)[...] = jnp.where(seen, m, 0.0).astype(BF16)
             sync(streamed)
-            if c == 1:
-                put_sums(load(q_s.at[1]) * z, high, 0)
-            put_split(load(q_s.at[c]) * x, high, low)
-            du_s.at[c][...] = (x * (jnp.exp(exponents(shift_s, c)) * scale)).astype(BF16)
+            b_tile[...] = w.astype(BF16)
 
-            def differentiate_exactly():
-                at = exact_s[c] - 1  # 0; see `exact_scores`
-                raw = du_s.at[c + at], q_s.at[c + at]
-                product = load(q_s.at[c]) * x
-                raw_again(*raw, c)
-                dq, product = exact_gradient(
-                    tables_ref, at, m_s.at[2 * c + at], *raw, g_tiles(c), scale, (high, low), of_query=True,
-                    product=product,
-                )  # fmt: skip
-                du_s.at[c][...] = (dq + jnp.exp(exponents(to_here_s, c)) * scale * x).astype(BF16)
-                put_split(product, high, low)
+            # q', k' and the decays
+            def products(halves_of_g, d):
+                plgpu.wgmma(halves_of_g, g_tile.T, select_s.T)
+                plgpu.wgmma(d, shift_s, g_tile)
+                return halves_of_g[...], d[...]
 
-            when(exact and exact[c], differentiate_exactly)
+            accumulators = plgpu.ACC((SLAB, 8), F32), plgpu.ACC((CHUNK, SLAB), F32)
+            halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
+            for index, x in enumerate(first_columns(halves_of_g)):
+                decays_s.at[s, c, index][...] = jnp.exp(x)
+            d = d * _LOG2_E
+            plgpu.barrier_wait(full.at[of_keys])
+            q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
+            k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(du_s.at[c], dq_ref.at[row, tokens(c), head, channels])
+            sync(gated)
 
-        def key(c, exact):
-            high, low = key_products(c)
-            gate(k_s.at[c], c, 1.0, -1.0, exact, before_s.T, k_ready.at[c])
+            # what goes from one chunk to the other
+            if at_edges:
+                z = z * spread(from_start())
             if c == 0:
-                dot = lambda slot: jnp.sum(load(r_s.at[slot]) * load(du_s.at[slot]), axis=1)
-                w, dot_s[...] = stream(1, lambda slot: ((v_s.at[slot, 0], du_s.at[slot].T),), dot, refills=True)
-                put_decays(exact)
-                plgpu.barrier_wait(q_ready.at[1])
-                plgpu.barrier_wait(m_ready.at[1])
-                y = decays(_TO_END) * w + decays(_BETWEEN) * matmul((m_s.at[1].T, q_s.at[1]))
-                plgpu.barrier_wait(m_ready.at[0])
+                w = load_w()
+                put_sums(load(k_tile) * w, 1)
+                w = add_matmul(w, m_at(1).T, other_q, interpret=interpret) * spread(between())
+                b_tile[...] = w.astype(BF16)
             else:
-                of_slot = lambda slot: ((v_s.at[slot, 1], du_s.at[slot].T), (d_out_s.at[slot, 1], v_s.at[slot, 1].T))
-                y, m, _ = stream(2, of_slot)
-                put_m(lower(m), 2)
-                plgpu.barrier_wait(decays_ready)
-                y = decays(_END) * y if at_edges else y
-            plgpu.barrier_wait(q_ready.at[c])
-            y_m = matmul((m_s.at[2 * c].T, q_s.at[c]))
-            sync(streamed)
-            if c == 0:
-                put_sums(load(k_s.at[0]) * w, high, 1)
-            gated_k = load(k_s.at[c])
-            q_term = (gated_k * y).astype(BF16)
-            r_s.at[c][...] = q_term
-            put_split(-gated_k * y_m, high, low)
-            k_s.at[c][...] = ((y + y_m) * jnp.exp(-exponents(shift_s, c))).astype(BF16)
+                put_sums(load(q_tile) * z, 0)
+                z = add_matmul(z, m_at(1), other_k, interpret=interpret) * spread(between())
+            plgpu.barrier_arrive(crossed.at[s])
 
-            def differentiate_exactly():
-                at = exact_s[c] - 1
-                raw = r_s.at[c + at], k_s.at[c + at]
-                raw_again(*raw, c)
-                dk, product = exact_gradient(
-                    tables_ref, at, m_s.at[2 * c + at], *raw, g_tiles(c), scale, (high, low), of_query=False
-                )
-                k_s.at[c][...] = (dk + jnp.exp(exponents(before_s.T, c)) * y).astype(BF16)
-                r_s.at[c][...] = q_term
-                put_split(-product, high, low)
+            x = add_matmul(z, m_at(2 * c), k_tile, interpret=interpret)
+            put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
+            product = load(q_tile) * x
+            y_m = matmul((m_at(2 * c).T, q_tile))
+            product -= load(k_tile) * y_m
+            plgpu.barrier_wait(crossed.at[s])  # the other chunk has read this one's q' and k'
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            put_split(product, a_tile, q_tile)
+            y = load(b_tile) if c == 0 else load_w()
+            b_tile[...] = (load(k_tile) * y).astype(BF16)
+            put((y + y_m) * jnp.exp2(-exponents()), k_tile, dk_ref)
 
-            when(exact and exact[c], differentiate_exactly)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_s.at[c], dk_ref.at[row, tokens(c), head, channels])
-
-        def work(side, c):
-            if (side, c) == (key, 0):
-                copy_inputs()
-                for j in range(min(_STAGES, value_tiles)):
-                    copy_values(j)
-            plgpu.barrier_wait(inputs_full)
-            exact = exact_s[0] > 0, exact_s[1] > 0
-
-            def carefully():
-                clamp(exact)
-                side(c, exact)
-
-            lax.cond(jnp.logical_or(*exact), carefully, lambda: side(c, None))  # lean code where both are bounded
-            sync(products_ready)
-            if (side, c) in ((query, 0), (key, 1)):
-                write_dg(c)
+            dg = matmul((to_here_s.T, a_tile), (to_here_s.T, q_tile), (before_s, b_tile))
+            constant = column(dot_s.at[s]) * from_start() * to_end() if at_edges else column(dot_s.at[s])
+            put(dg + spread(between() * (constant + column(sums_s.at[s, c]))), g_tile, dg_ref)
             plgpu.wait_smem_to_gmem(0)
             sync(done)  # no warpgroup leaves while another still issues matrix products
 
-        for index, (side, c) in enumerate(((query, 0), (query, 1), (key, 0), (key, 1))):
-            pl.when(warpgroup == index)(functools.partial(work, side, c))
+        @pl.when(warpgroup == 1)
+        def _first():
+            copy_constants()
+            for j in range(_STAGES):
+                fill(j)
+
+        for c in range(2):
+            pl.when(lax.rem(warpgroup, 2) == c)(functools.partial(work, c))
 
     free = barrier(4, _STAGES)
     if share > 1:
         free = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=4, num_barriers=_STAGES)
-    scratch = [tile(2, CHUNK, SLAB)] * 2 + [tile(2, terms, CHUNK, SLAB)] + [tile(_STAGES, 2, CHUNK, SLAB)] * 2
-    scratch += [tile(_STAGES, SLAB, SLAB)] * 2 + [tile(3, CHUNK, CHUNK)] + [tile(CHUNK, CHUNK)] * 3 + [tile(8, CHUNK)]
-    scratch += [plgpu.SMEM((6, SLAB), F32), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((2, SLAB), F32)]
-    scratch += [plgpu.SMEM((2,), jnp.int32), barrier(2 * (2 + terms) + 5), barrier(6, _STAGES), free]
-    scratch += [barrier(1, 2)] * 2 + [barrier(1, 3), barrier(1)] + [barrier(4)] * 3 + [barrier(2, 4), barrier(4)]
     cluster = {"cluster": (share,), "cluster_names": ("c",)} if share > 1 else {}
     run = kernel(
         body,
         name="gla_backward_inputs",
         interpret=interpret,
         warpgroups=4,
+        replace=redo,
         out_type=[result(q.shape, BF16, q)] * 3,
         grid=(key_tiles // share, pl.cdiv(chunks, 2), heads, batch),
         grid_names=tuple("knhb"),
-        scratch_types=scratch,
+        scratch_types=[
+            tile(_STAGES, _TILES, CHUNK, SLAB),
+            *(tile(CHUNK, CHUNK) for _ in range(3)),
+            tile(8, CHUNK),
+            plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
+            plgpu.SMEM((_SLABS, SLAB), F32),  # dot_s
+            plgpu.SMEM((_SLABS, 2, SLAB), F32),  # sums_s
+            barrier(4),  # constants_full
+            barrier(2 * _SLABS),  # gates_full
+            barrier(_TILES, _STAGES),  # full
+            free,
+            barrier(4),  # streamed
+            barrier(4),  # gated
+            barrier(2, _SLABS),  # crossed
+            barrier(4),  # done
+        ],
         **cluster,
     )
-    return run(q, k, v, d_out, states, d_states, exact, *constants(), *g)
+    select, triangles, _ = constants()
+    return run(q, k, v, d_out, states, d_states, select, triangles, g[0])

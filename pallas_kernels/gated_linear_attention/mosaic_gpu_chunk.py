@@ -82,10 +82,11 @@ def barrier(arrivals, count=1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def kernel(body, *, name, interpret, warpgroups=3, **kwargs):
+def kernel(body, *, name, interpret, warpgroups=3, replace=None, **kwargs):
     """Return `body` as a kernel of so many warpgroups.
 
     Its results vary over the manual mesh axes that its first argument varies over, which they do not by themselves.
+    Before that, `replace` may change parts of them in place: it is called with references to them.
     """
     run = plgpu.kernel(
         body,
@@ -100,7 +101,12 @@ def kernel(body, *, name, interpret, warpgroups=3, **kwargs):
     def call(*arguments):
         axes = lambda array: jax.typeof(array).manual_axis_type.varying
         vary = lambda array: lax.pcast(array, tuple(sorted(axes(arguments[0]) - axes(array))), to="varying")
-        return jax.tree.map(vary, run(*arguments))
+        results = run(*arguments)
+        if replace is not None:
+            references = [jax.new_ref(x) for x in results]
+            replace(references)
+            results = [jax.freeze(x) for x in references]
+        return jax.tree.map(vary, results)
 
     return call
 
@@ -170,9 +176,13 @@ def add_matmul(x, a, b, *, interpret):
 
 def halves(g, select):
     """Return the sums of g, terms in tiles, up to the middle row and after it, a value a key channel."""
-    sums = matmul(*((term.T, select.T) for term in g), shape=(SLAB, 8))
+    return first_columns(matmul(*((term.T, select.T) for term in g), shape=(SLAB, 8)))
+
+
+def first_columns(x):
+    """Return columns 0 and 1 of registers [64, 8], a value a row."""
     column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
-    return tuple(jnp.sum(jnp.where(column == c, sums, 0.0), axis=1) for c in range(2))
+    return tuple(jnp.sum(jnp.where(column == c, x, 0.0), axis=1) for c in range(2))
 
 
 def put_split(x, high, low):
