@@ -6,7 +6,8 @@ With H_t the gradient of the state after token t, v_t that of y_t before the gat
     P_t = d_t H_t h_{t-1}                    dA  = sum_t δ_t P_t                            dδ_t = x_t B_t H_t + A P_t
 
 The states h come back in two passes over a chunk, from the state before it that the forward pass saved: the first keeps
-the state before every few tokens in shared memory, the second what those tokens need in registers.
+the state before every few tokens in shared memory, rounded as the forward pass rounds what it saves, the second what
+those tokens need in registers.
 """
 
 from typing import Any
@@ -124,9 +125,11 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
             def _():
                 fetch(step + 1)
 
+            def place(group):  # of the state before it
+                return jnp.where(group == 0, slot, _STAGES - 1 + group)
+
             def state_before(group):
-                first = lambda: load(smem["states"].at[slot], STATE).astype(F32)
-                return lax.cond(group == 0, first, lambda: load(smem["history"].at[jnp.maximum(group - 1, 0)], STATE))
+                return load(smem["states"].at[place(group)], STATE).astype(F32)
 
             def advance(t, state):
                 decay = jnp.exp2(along_states(load(smem["size"].at[t], OF_CHANNEL)) * A_log2)
@@ -143,7 +146,7 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                 before = state
                 for k in range(_GROUP):
                     _, state = advance(group * _GROUP + k, state)
-                smem["history"][jnp.maximum(group - 1, 0)] = before  # what group 0 writes, group 1 overwrites
+                smem["states"][place(group)] = before.astype(x.dtype)
                 return state
 
             def second_pass(i, carry):
@@ -177,7 +180,8 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                         smem["read"][t] = y
                 return d_state, d_A
 
-            smem["history"][groups - 2] = lax.fori_loop(0, groups - 1, first_pass, state_before(0))
+            before_last = lax.fori_loop(0, groups - 1, first_pass, state_before(0))
+            smem["states"][place(groups - 1)] = before_last.astype(x.dtype)
             d_state, d_A = lax.fori_loop(0, groups, second_pass, (d_state, d_A))
             plgpu.commit_smem()
 
@@ -229,8 +233,7 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
     tile = (CHUNK, 4, LANES)
     scratch: dict[str, Any] = {name: plgpu.SMEM((_STAGES, *tile), array.dtype) for name, array in tiles.items()}
     scratch["rows"] = plgpu.SMEM((_STAGES, CHUNK, *inputs["rows"].shape[2:]), F32)
-    scratch["states"] = plgpu.SMEM((_STAGES, *ALL), states.dtype)
-    scratch["history"] = plgpu.SMEM((groups - 1, *ALL), F32)
+    scratch["states"] = plgpu.SMEM((_STAGES + groups - 1, *ALL), x.dtype)
     scratch["sums"] = plgpu.SMEM((4, CHUNK, 2, STATES), F32)
     values = ("size", "written", "wanted") + (() if gate is None else ("read",))
     scratch |= {name: plgpu.SMEM(tile, F32) for name in values}

@@ -132,9 +132,10 @@ def test_vmap_equals_a_loop():
         assert shared.error(array, jnp.stack([one[name] for one in each])) < 1e-6, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("implementation", "devices"),
-    [("chunked", 2), pytest.param("mosaic_gpu", 1, marks=pytest.mark.long)],  # the interpreter knows one device
+    [("chunked", 2), ("mosaic_gpu", 1)],  # the interpreter knows one device
 )
 def test_on_a_mesh_each_device_runs_its_own_part(implementation, devices, monkeypatch):
     arguments = shared.make(1, 2, 20, 256, 16, fused=True)
