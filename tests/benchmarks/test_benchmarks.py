@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from benchmarks import decode, layers, plot, table, training
+from benchmarks import decode, layers, loss_agreement, plot, table, training
 from benchmarks.kernel_times import part_of, read_op_names
 
 TINY = ["--set=model.hidden_size=16", "--set=model.num_layers=2", "--set=model.num_heads=2"]
@@ -50,6 +50,19 @@ def test_decode(tmp_path):
     gla, longer_gla, attention, longer_attention = (row["state_GiB"] for row in rows)
     assert gla == longer_gla
     assert attention < longer_attention
+
+
+@pytest.mark.long
+def test_loss_agreement(tmp_path):
+    file = tmp_path / "report.json"
+    sizes = ["--set=model.num_layers=1", "--set=data.sequence_length=32", "--set=model.hidden_size=128"]
+    forms = "--forms=bfloat16;float8 products"
+    loss_agreement.main([forms, "--seeds=2", "--set=steps=20", *sizes, f"--output={file}"])
+    reference, *others = json.loads(file.read_text())["forms"]
+    assert reference["farthest"] == 0 < reference["seed_noise"]
+    assert len(reference["losses"]) == 2 and len(reference["losses"][0]) == 20
+    assert [form["form"] for form in others] == ["bfloat16", "float8 products"]
+    assert all(0 < form["farthest"] < 0.02 for form in others)
 
 
 def test_operations_are_told_apart_by_the_part_of_the_model_and_the_direction():
