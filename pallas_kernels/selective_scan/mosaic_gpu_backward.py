@@ -44,6 +44,7 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import (
     rows,
     sigmoid,
     softplus,
+    store,
     sum_channels,
     zeros,
 )
@@ -116,8 +117,8 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                     d_inner = d_inner * (z * sigmoid(z))
                 if D is not None:
                     sums["D"] = sums["D"] + d_inner * inner
-                tokens = pl.ds(first, SLICE)
-                smem["size"][tokens], smem["written"][tokens], smem["wanted"][tokens] = size, size * inner, d_inner
+                for name, value in {"size": size, "written": size * inner, "wanted": d_inner}.items():
+                    store(smem[name].at[pl.ds(first, SLICE)], value)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the chunk before, whose slot is free from here on
             plgpu.commit_smem()
 
@@ -146,7 +147,7 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                 before = state
                 for k in range(_GROUP):
                     _, state = advance(group * _GROUP + k, state)
-                smem["states"][place(group)] = before.astype(x.dtype)
+                store(smem["states"].at[place(group)], before.astype(x.dtype))
                 return state
 
             def second_pass(i, carry):
@@ -175,13 +176,14 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                     d_A = d_A + d_log_decay * along_states(size)
                     d_log2_decay = read_each(d_log_decay, A_log2, exact=exact)
                     sum_channels(smem["sums"].at[:, t], writes, reads, interpret=interpret)
-                    smem["written"][t], smem["wanted"][t] = d_written, d_log2_decay
+                    store(smem["written"].at[t], d_written)
+                    store(smem["wanted"].at[t], d_log2_decay)
                     if gate is not None:
-                        smem["read"][t] = y
+                        store(smem["read"].at[t], y)
                 return d_state, d_A
 
             before_last = lax.fori_loop(0, groups - 1, first_pass, state_before(0))
-            smem["states"][place(groups - 1)] = before_last.astype(x.dtype)
+            store(smem["states"].at[place(groups - 1)], before_last.astype(x.dtype))
             d_state, d_A = lax.fori_loop(0, groups, second_pass, (d_state, d_A))
             plgpu.commit_smem()
 
@@ -195,7 +197,7 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                     logit = load_tokens(tile["delta"], first) + along_tokens(constant["delta_bias"])
                     d_size = d_size * sigmoid(logit)
                     sums["delta_bias"] = sums["delta_bias"] + d_size
-                tile["delta"][tokens] = d_size.astype(delta.dtype)
+                store(tile["delta"].at[tokens], d_size.astype(delta.dtype))
                 if gate is not None:
                     z = load_tokens(tile["gate"], first)
                     open_part = sigmoid(z)
@@ -203,15 +205,15 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                     if D is not None:
                         y = y + along_tokens(constant["D"]) * inner
                     d_gate = d_outer * y * (open_part * (1.0 + z * (1.0 - open_part)))
-                    tile["gate"][tokens] = d_gate.astype(gate.dtype)
+                    store(tile["gate"].at[tokens], d_gate.astype(gate.dtype))
                     d_inner = d_outer * (z * open_part)
                 d_x = d_written * size
                 if D is not None:
                     d_x = d_x + along_tokens(constant["D"]) * d_inner
-                tile["x"][tokens] = d_x.astype(x.dtype)
+                store(tile["x"].at[tokens], d_x.astype(x.dtype))
             flat = plgpu.Layout.WG_STRIDED((CHUNK, 2, STATES), vec_size=4)
             of_warp = [load(smem["sums"].at[warp], flat) for warp in range(4)]
-            smem["sums"][0] = (of_warp[0] + of_warp[1]) + (of_warp[2] + of_warp[3])
+            store(smem["sums"].at[0], (of_warp[0] + of_warp[1]) + (of_warp[2] + of_warp[3]))
             plgpu.commit_smem()
             tokens = pl.ds(n * CHUNK, CHUNK)
             for name in results:
@@ -225,9 +227,10 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
         # The sum, unlike what is read, has the type of a loop's carry inside shard_map.
         carry = load(hbm["d_final"].at[row, mine], STATE) + zeros(ALL, STATE), zeros(ALL, STATE), nothing
         d_initial, d_A, sums = lax.fori_loop(0, chunks, walk, carry)
-        gradients["initial_state"][row, mine], gradients["A"][row, mine] = d_initial, d_A
+        store(gradients["initial_state"].at[row, mine], d_initial)
+        store(gradients["A"].at[row, mine], d_A)
         for name, value in zip(of_channel, sums, strict=True):
-            gradients[name][row, :, mine] = value
+            store(gradients[name].at[row, :, mine], value)
         plgpu.wait_smem_to_gmem(0)
 
     tile = (CHUNK, 4, LANES)

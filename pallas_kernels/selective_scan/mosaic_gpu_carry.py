@@ -40,6 +40,7 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import (
     rows,
     sigmoid,
     softplus,
+    store,
     zeros,
 )
 
@@ -107,8 +108,8 @@ def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
                 if reverse and "gate" in tile:
                     z = load_tokens(tile["gate"], first)
                     weight = weight * (z * sigmoid(z))
-                smem["size"][pl.ds(first, SLICE)] = size
-                smem["weight"][pl.ds(first, SLICE)] = weight if reverse else size * weight
+                store(smem["size"].at[pl.ds(first, SLICE)], size)
+                store(smem["weight"].at[pl.ds(first, SLICE)], weight if reverse else size * weight)
                 sizes = sizes + size
             plgpu.commit_smem()
 
@@ -139,8 +140,8 @@ def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
             fetch(step)
         A_log2 = load(hbm["A"].at[mine], STATE)
         state, sizes = lax.fori_loop(0, chunks, walk, (zeros(ALL, STATE), zeros((SLICE, 4, LANES), TOKENS)))
-        state_out[row, mine] = state
-        sizes_out[row, :, mine] = sizes
+        store(state_out.at[row, mine], state)
+        store(sizes_out.at[row, :, mine], sizes)
 
     tile = (CHUNK, 4, LANES)
     scratch: dict[str, Any] = {name: plgpu.SMEM((_STAGES, *tile), array.dtype) for name, array in tiles.items()}

@@ -37,6 +37,7 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import (
     rows,
     sigmoid,
     softplus,
+    store,
     zeros,
 )
 
@@ -102,7 +103,7 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
 
         def prepare(n, first, values):
             for name, value in zip(("size", "written"), values, strict=True):
-                smem[name][lax.rem(n, 2), pl.ds(first, SLICE)] = value
+                store(smem[name].at[lax.rem(n, 2), pl.ds(first, SLICE)], value)
 
         def finished(n, first):
             """Return the outputs of a slice."""
@@ -115,9 +116,9 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
             return y.astype(x.dtype)
 
         def finish(n, first, y):
-            smem["y"][lax.rem(n, 2), pl.ds(first, SLICE)] = y
+            store(smem["y"].at[lax.rem(n, 2), pl.ds(first, SLICE)], y)
 
-        def store(n):
+        def send(n):
             plgpu.copy_smem_to_gmem(smem["y"].at[lax.rem(n, 2)], hbm["y"].at[row, pl.ds(n * CHUNK, CHUNK), mine])
 
         def walk(n, state):
@@ -126,7 +127,7 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
                 plgpu.barrier_wait(loaded.at[lax.rem(n + 1, _STAGES)])
 
             if save:
-                hbm["states"][row, n, mine] = state.astype(x.dtype)
+                store(hbm["states"].at[row, n, mine], state.astype(x.dtype))
             shared = smem["rows"].at[lax.rem(n, _STAGES)]
             size, written = (smem[name].at[lax.rem(n, 2)] for name in ("size", "written"))
 
@@ -152,7 +153,7 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
                     state, output = token(values, state)
                     outputs.append(output)
                 for t, output in enumerate(outputs):
-                    written[first + t] = output
+                    store(written.at[first + t], output)
                 finish(before, first, y)
                 prepare(after, first, prepared)
                 return state
@@ -163,7 +164,7 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
 
             @pl.when(n > 0)
             def _():
-                store(n - 1)
+                send(n - 1)
 
             @pl.when(n + _STAGES - 1 < chunks)
             def _():
@@ -185,8 +186,8 @@ def forward(x, delta, A, B, C, D, gate, delta_bias, starts, initial_state, *, sa
         for first in range(0, CHUNK, SLICE):
             finish(chunks - 1, first, finished(chunks - 1, first))
         plgpu.commit_smem()
-        store(chunks - 1)
-        hbm["final_state"][row, mine] = state
+        send(chunks - 1)
+        store(hbm["final_state"].at[row, mine], state)
         plgpu.wait_smem_to_gmem(0)
 
     tile = (CHUNK, 4, LANES)

@@ -88,6 +88,14 @@ def load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def store(ref, x):
+    """Write registers as they are, which jax 0.11 always does and 0.12, on its own, not where banks conflict."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, x, optimized=False)
+    else:
+        ref[...] = x
+
+
 def load_tokens(ref, first):
     """Read a slice of tokens of a chunk as float32."""
     return load(ref.at[pl.ds(first, SLICE)], TOKENS).astype(F32)
