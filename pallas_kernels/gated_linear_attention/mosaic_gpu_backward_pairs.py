@@ -99,6 +99,8 @@ def backward_pairs(
             raw_full, done,
         ) = refs  # fmt: skip
         number, head, row = (lax.axis_index(a) for a in "nhb")
+        if results is not None:
+            first, last = number * _RUN, jnp.minimum((number + 1) * _RUN, pairs)
         key_index = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
         is_exact = lambda n: jnp.where(n < chunks, exact_ref[row, head, jnp.minimum(n, chunks - 1)], 0)
         warpgroup = lax.axis_index("warpgroup")
@@ -344,7 +346,8 @@ def backward_pairs(
                 if (side, c) in ((query, 0), (key, 1)):
                     write_dg(c)
                 plgpu.wait_smem_to_gmem(0)
-                plgpu.commit_smem()  # for the other warps, as above
+                if results is not None:
+                    plgpu.commit_smem()  # for the other warps, as above
                 # No warpgroup leaves while another still multiplies, no block copies to one that is not done with a
                 # pair.
                 sync(done)
@@ -355,20 +358,18 @@ def backward_pairs(
         if results is None:
             one_pair(number)
         else:
-            first = number * _RUN
             is_wrong = lambda pair: is_exact(2 * pair) + is_exact(2 * pair + 1) > 0
-
-            def run_of_pairs():
-                visit = lambda pair, _: pl.when(is_wrong(pair))(functools.partial(one_pair, pair))
-                lax.fori_loop(first, first + _RUN, visit, None)
-
-            # all flags at once: to be found bounded is the fate of nearly all blocks, and costs one load's time
-            pl.when(sum(is_exact(2 * first + i) for i in range(2 * _RUN)) > 0)(run_of_pairs)
+            visit = lambda pair, _: pl.when(is_wrong(pair))(functools.partial(one_pair, pair))
+            # all flags at once: nearly all blocks find their pairs bounded, in the time of one load
+            some = sum(is_exact(2 * first + i) for i in range(2 * _RUN)) > 0
+            pl.when(some)(lambda: lax.fori_loop(first, last, visit, None))
 
     free, done = barrier(4, _STAGES), barrier(4)
     if share > 1:
         of_cluster = functools.partial(plgpu.ClusterBarrier, collective_axes=("c",), num_arrivals=4)
-        free, done = of_cluster(num_barriers=_STAGES), of_cluster()
+        free = of_cluster(num_barriers=_STAGES)
+        if results is not None:
+            done = of_cluster()
     scratch = [tile(2, CHUNK, SLAB)] * 2 + [tile(2, terms, CHUNK, SLAB)] + [tile(_STAGES, 2, CHUNK, SLAB)] * 2
     scratch += [tile(_STAGES, SLAB, SLAB)] * 2 + [tile(3, CHUNK, CHUNK)] + [tile(CHUNK, CHUNK)] * 3 + [tile(8, CHUNK)]
     scratch += [plgpu.SMEM((6, SLAB), F32), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((2, SLAB), F32)]
