@@ -294,8 +294,8 @@ def exact_scores(tables, first, tiles, scale, buffers):
         mask, next_sums = table(1, number), table(0, jnp.minimum(number + 1, LEVELS - 1))  # slow, so asked for early
         second = jnp.bitwise_and(jnp.right_shift(row, number - 1), 1) > 0
         for (q, k, g), x in zip(tiles, gated, strict=True):
-            decay = jnp.exp(matmul(*((w, term) for term in g)))
-            x[...] = (jnp.where(second, raw(q), raw(k)).astype(F32) * decay).astype(BF16)
+            exponents = matmul(*((w, term) for term in g))
+            x[...] = (jnp.where(second, raw(q), raw(k)).astype(F32) * jnp.exp(exponents)).astype(BF16)
         plgpu.commit_smem()
         product = matmul(*((x, x.T) for x in gated))
         return jnp.where(mask.astype(F32) > 0, product, scores), next_sums

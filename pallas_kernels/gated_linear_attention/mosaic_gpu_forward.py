@@ -10,15 +10,13 @@ as it stands, and never passes through shared memory. What must move moves once:
 out, and where a gradient will follow what it needs of the chunks. `mosaic_gpu_chunk` has the algebra and its letters.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
-    AFTER,
+    BEFORE,
     BF16,
     CHUNK,
     COL,
@@ -28,7 +26,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     PRODUCER,
     SHIFTED,
     SLAB,
-    UP_TO_HERE,
     WGMMA,
     barrier,
     clamp_log_decay,
@@ -96,9 +93,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         (initial_ref,) = take(1) if initial_state is not None else (None,)
         out_ref, final_ref = take(2)
         states_ref, exact_ref, scores_ref = take(3 if save is not None else 0) or [None] * 3
-        q_s, k_s, g_s, v_s, a_s, out_s, shift_s, level_s, select_s, factors_s, exact_s = take(11)
+        q_s, k_s, g_s, v_s, a_s, out_s, shift_s, w_s, level_s, select_s, factors_s, exact_s = take(12)
         state_tiles = take(1 if save is not None else 0)
-        full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, fetched, done, *staging = refs
+        full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, done, *staging = refs
 
         block, head, row = (lax.axis_index(axis) for axis in "vhb")
         warpgroup = lax.axis_index("warpgroup")
@@ -142,10 +139,6 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
             column = plgpu.broadcasted_iota(jnp.int32, (SLAB, 8), 1, layout=WGMMA)
             cell = lambda sums, index: jnp.sum(jnp.where(column == index, sums, 0.0), axis=1)
 
-            def scaled_exp(x):
-                """Return scale e^x, the scale in the exponent: one multiply-add makes that."""
-                return jnp.exp2(x * math.log2(math.e) + math.log2(scale)) if scale > 0 else jnp.exp(x) * scale
-
             def wait_for_scores(n):
                 pl.when(n >= 1)(lambda: plgpu.barrier_wait(a_free))
                 if save is not None:
@@ -165,7 +158,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                         plgpu.copy_smem_to_gmem(a_s, scores_ref.at[row, head, n])
 
             def bounded(loop):
-                """Make a chunk; say whether it should not have been made like this."""
+                """Make a chunk, unless it is exact; say whether it is."""
                 n, _, pending = loop
                 p = lax.rem(n, 2)
                 plgpu.barrier_wait(full.at[p])
@@ -185,18 +178,17 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                     after.append(cell(sums, 1))
                 exact_s[p] = exceeds_bound(*(sums for sums, _ in made), interpret=interpret).astype(jnp.int32)
                 exact = exact_s[p]
-                d = jnp.concatenate([d for _, d in made], axis=1) if slabs > 1 else made[0][1]
-                q_s.at[p][...] = (load(q_s.at[p]) * scaled_exp(d)).astype(BF16)
-                k_s.at[p][...] = (load(k_s.at[p]) * jnp.exp(-d)).astype(BF16)
-                plgpu.commit_smem()
-                pl.when(exact == 0)(lambda: plgpu.barrier_arrive(ready.at[p]))
-
-                a = matmul((q_s.at[p], k_s.at[p].T))
-                w, m = load(shift_s), MIDDLE + 1  # which knows what is causal, and costs no registers to keep
-                left, right = jnp.where(w[:, :m] > -0.5, a[:, :m], 0.0), jnp.where(w[:, m:] > 0.5, a[:, m:], 0.0)
 
                 @pl.when(exact == 0)
-                def _hand_over():
+                def _gate():
+                    d = jnp.concatenate([d for _, d in made], axis=1) if slabs > 1 else made[0][1]
+                    q_s.at[p][...] = (load(q_s.at[p]) * (jnp.exp(d) * scale)).astype(BF16)
+                    k_s.at[p][...] = (load(k_s.at[p]) * jnp.exp(-d)).astype(BF16)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ready.at[p])
+                    a = matmul((q_s.at[p], k_s.at[p].T))
+                    w, m = load(shift_s), MIDDLE + 1  # which knows what is causal, and costs no registers to keep
+                    left, right = jnp.where(w[:, :m] > -0.5, a[:, :m], 0.0), jnp.where(w[:, m:] > 0.5, a[:, m:], 0.0)
                     wait_for_scores(n)
                     put_scores(n, jnp.concatenate([left, right], axis=1), 0)
 
@@ -204,30 +196,25 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 return jnp.where(exact > 0, n, n + 1), exact, tuple(after)
 
             def unbounded(n, pending):
-                """Make a chunk again, for any gate."""
+                """Make a chunk for any gate."""
                 p = lax.rem(n, 2)
                 zero = exact_s[p] - 1  # as `exact_scores` wants it
-                for ref, tile_s, own in ((q_ref, q_s, head), (k_ref, k_s, kv_head)):
-                    plgpu.copy_gmem_to_smem(ref.at[row, tokens(n), own], tile_s.at[p], fetched)
-                    plgpu.barrier_wait(fetched)
                 for s in range(slabs):
                     clamp_log_decay(g_tiles(p, s))
-                wait_for_scores(n)
-                tiles = [(q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s)) for s in range(slabs)]
-                a = exact_scores(tables_ref, zero, tiles, scale, (shift_s, a_s, level_s)[: 1 + slabs])
-                for s in range(slabs):
                     sums = matmul(*((term.T, select_s.T) for term in g_tiles(p, s)), shape=(SLAB, 8))
                     before = jnp.exp(pending[s])
                     factors_s.at[p, 0, slab(s)][...] = before
                     factors_s.at[p, 1, slab(s)][...] = before * jnp.exp(cell(sums, 0) + cell(sums, 1))
-                for tile_s, triangle, factor in ((q_s, UP_TO_HERE, scale), (k_s, AFTER, 1.0)):
-                    put_table(shift_s, triangles_ref, zero + triangle)
-                    plgpu.commit_smem()
-                    for s in range(slabs):
-                        decay = jnp.exp(matmul(*((shift_s, term) for term in g_tiles(p, s))))
-                        part = tile_s.at[p, :, slab(s)]
-                        part[...] = (load(part) * (decay * factor)).astype(BF16)
-                put_table(shift_s, triangles_ref, zero + SHIFTED)
+                wait_for_scores(n)
+                tiles = [(q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s)) for s in range(slabs)]
+                a = exact_scores(tables_ref, zero, tiles, scale, (w_s, a_s, level_s)[: 1 + slabs])
+                put_table(w_s, triangles_ref, zero + BEFORE)
+                plgpu.commit_smem()
+                for q, k, g in tiles:
+                    up_to_here = matmul(*((w_s, term) for term in g)) + sum(load(term) for term in g)
+                    q[...] = (load(q) * (jnp.exp(up_to_here) * scale)).astype(BF16)
+                    after = matmul(*((w_s.T, term) for term in g))
+                    k[...] = (load(k) * jnp.exp(after)).astype(BF16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[p])
                 put_scores(n, a, 1)
@@ -328,6 +315,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         tile(CHUNK, CHUNK),
         tile(warpgroups, CHUNK, VALUES),
         tile(CHUNK, CHUNK),
+        tile(CHUNK, CHUNK),
         tile(CHUNK, SLAB),
         tile(8, CHUNK),
         plgpu.SMEM((2, 2, key_dim), F32),
@@ -341,7 +329,6 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         barrier(warpgroups, 2),  # q_free
         barrier(warpgroups, 2),  # kv_free
         barrier(2),  # constants_ready
-        barrier(1),  # fetched
         barrier(2 + warpgroups),  # done
     ]
     if interpret:

@@ -41,6 +41,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
 )
 
 COLUMNS = 64  # value columns of one warpgroup
+STAGES = 2  # chunks in shared memory
 _MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -89,8 +90,6 @@ def walk(
         fills = 2 * batch * segments * heads * (value_dim // (2 * COLUMNS)) > _MULTIPROCESSORS
         value_tile = 2 * COLUMNS if value_dim % (2 * COLUMNS) == 0 and fills else COLUMNS
     consumers, tiles = value_tile // COLUMNS, value_dim // value_tile
-    stages = 2 if read is not None else 4  # chunks in shared memory
-    slots = min(slabs, 4 // consumers)  # slabs of the state on their way to memory
     blocks = 2 if tiles % 2 == 0 else 1  # of a cluster
     widths = [pl.ds(first, min(2 * SLAB, key_dim - first)) for first in range(0, key_dim, 2 * SLAB)]
 
@@ -128,8 +127,8 @@ def walk(
             set_registers(PRODUCER, interpret)
 
             def chunk(i, _):
-                p, n = lax.rem(i, stages), number(i)
-                when_free = lambda barrier: pl.when(i >= stages)(lambda: plgpu.barrier_wait(barrier))
+                p, n = lax.rem(i, STAGES), number(i)
+                when_free = lambda barrier: pl.when(i >= STAGES)(lambda: plgpu.barrier_wait(barrier))
                 if reads:
                     when_free(read_free.at[p])
                     plgpu.copy_gmem_to_smem(read_ref.at[row, tokens(n), head], read_s.at[p], read_full.at[p], **shared)
@@ -146,14 +145,14 @@ def walk(
             lax.fori_loop(0, steps, chunk, None)
 
             def drain(i, _):
-                p = lax.rem(i, stages)
+                p = lax.rem(i, STAGES)
                 plgpu.barrier_wait(write_free.at[p])
                 for w in range(consumers):
                     plgpu.barrier_wait(x_free.at[p * consumers + w])
                 if reads:
                     plgpu.barrier_wait(read_free.at[p])
 
-            lax.fori_loop(jnp.maximum(steps - stages, 0), steps, drain, None)
+            lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, drain, None)
 
         @pl.when(warpgroup > 0)
         def _states():
@@ -163,14 +162,13 @@ def walk(
             of_slab = lambda state, s: state[:, s * SLAB : (s + 1) * SLAB]
 
             def save_slab(rounded, n, s):
-                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-                states_s.at[w, s % slots].T[...] = flip(rounded)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                states_s.at[w, s % 2].T[...] = flip(rounded)
                 plgpu.commit_smem()
-                target = states_ref.at[row, head, lax.div(n, 2), slab(s), mine]
-                plgpu.copy_smem_to_gmem(states_s.at[w, s % slots], target)
+                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, 2), slab(s), mine])
 
-            def output(state, p, j, n):
-                """Return the chunk's output, rounded; write the state if it is one of those to keep."""
+            def put_out(state, p, j, n):
+                """Write the chunk's output, and the state if it is one of those to keep."""
                 keep = jnp.logical_or(lax.rem(n, 2) == 1, n == chunks - 1) if reverse else lax.rem(n, 2) == 0
 
                 def products(accumulator):
@@ -193,20 +191,17 @@ def walk(
 
                 plgpu.barrier_wait(read_full.at[p])
                 out = lax.optimization_barrier(pl.run_scoped(products, plgpu.ACC((COLUMNS, CHUNK), F32)))
-                return lax.optimization_barrier(out.astype(BF16))
-
-            def put_out(out, p, n):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s.at[w].T[...] = flip(out)
+                out_s.at[w].T[...] = flip(out.astype(BF16))
                 plgpu.commit_smem()  # after which all warps have read the tiles: a cluster's barrier waits for one only
                 plgpu.barrier_arrive(read_free.at[p])
                 plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
 
             def chunk(i, state):
-                p, n = lax.rem(i, stages), number(i)
+                p, n = lax.rem(i, STAGES), number(i)
                 j = p * consumers + w
                 if reads:
-                    out = output(state, p, j, n)
+                    put_out(state, p, j, n)
                 else:
                     plgpu.barrier_wait(x_full.at[j])
                 plgpu.barrier_wait(write_full.at[p])
@@ -216,16 +211,12 @@ def walk(
                     decayed.append(of_slab(state, s) * lax.broadcast_in_dim(factor, (COLUMNS, SLAB), [1]))
                 state = jnp.concatenate(decayed, axis=1)
                 if interpret:  # which has no accumulators that start from a value
-                    if reads:
-                        put_out(out, p, n)
                     state = state + matmul((x_s.at[j].T, write_s.at[p]), shape=(COLUMNS, key_dim))
                 else:
 
                     def update(accumulators):
                         for width, accumulator in zip(widths, accumulators, strict=True):
                             plgpu.wgmma(accumulator, x_s.at[j].T, write_s.at[p, :, width])
-                        if reads:  # meanwhile
-                            put_out(out, p, n)
 
                     parts = tuple(plgpu.ACC.init(state[:, d.start : d.start + d.size]) for d in widths)
                     state = jnp.concatenate(lax.optimization_barrier(pl.run_state(update)(parts)), axis=1)
@@ -253,25 +244,25 @@ def walk(
         return plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=arrivals, num_barriers=count)
 
     scratch = [
-        tile(stages, CHUNK, key_dim),
-        tile(stages * consumers, CHUNK, COLUMNS),
-        plgpu.SMEM((stages, key_dim), F32),
-        barrier(2, stages),  # write_full
-        of_cluster(consumers, stages),  # write_free
-        barrier(1, stages * consumers),  # x_full
-        barrier(1, stages * consumers),  # x_free
+        tile(STAGES, CHUNK, key_dim),
+        tile(STAGES * consumers, CHUNK, COLUMNS),
+        plgpu.SMEM((STAGES, key_dim), F32),
+        barrier(2, STAGES),  # write_full
+        of_cluster(consumers, STAGES),  # write_free
+        barrier(1, STAGES * consumers),  # x_full
+        barrier(1, STAGES * consumers),  # x_free
         of_cluster(1 + consumers),  # done
     ]
     if reads:
         scratch += [
-            tile(stages, CHUNK, key_dim),
-            tile(stages, CHUNK, CHUNK),
+            tile(STAGES, CHUNK, key_dim),
+            tile(STAGES, CHUNK, CHUNK),
             tile(consumers, CHUNK, COLUMNS),
-            barrier(2, stages),  # read_full
-            of_cluster(consumers, stages),  # read_free
+            barrier(2, STAGES),  # read_full
+            of_cluster(consumers, STAGES),  # read_free
         ]
     if save:
-        scratch.append(tile(consumers, slots, SLAB, COLUMNS))
+        scratch.append(tile(consumers, 2, SLAB, COLUMNS))
     run = kernel(
         body,
         name="gla_walk",
