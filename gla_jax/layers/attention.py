@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from gla_jax.config import ConfigError
+from gla_jax.layers import splash_attention
 from gla_jax.layers.check import check_divides, check_one_of
 from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.rotary import continue_positions, rotate
@@ -40,7 +42,8 @@ class AttentionOptions:
     cache_length: int = 2048
     """Tokens that a state has room for, padding included; not used with a window, whose size is enough."""
     implementation: str | None = None
-    """"cudnn" or "xla"; None: cuDNN's flash attention where it serves, else XLA."""
+    """How a call without a state computes: "cudnn", flash attention on GPUs; "splash", flash attention on TPUs; or
+    "xla", as all other calls do. None: the devices' flash attention where it serves, else XLA."""
 
 
 class Attention(nnx.Module):
@@ -192,8 +195,12 @@ class Attention(nnx.Module):
         needs_mask = has_documents or not is_whole
         window = self.options.window
         seen = _Seen(sequence.own_part(order), sequence.own_part(document), order, document, window)
-        if (self.options.implementation or _best_implementation(query, key, needs_mask)) == "xla":
+        implementation = _choose(self.options.implementation, query, key, needs_mask)
+        if implementation == "xla":
             return _attend_xla(query, key, value, seen)
+        if implementation == "splash":
+            documents = (seen.document, seen.key_document) if has_documents else (None, None)
+            return splash_attention.splash_attention(query, key, value, *documents, window=window)
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -276,7 +283,7 @@ class Attention(nnx.Module):
             kv_heads, kv_name = options.num_kv_heads, f"{section}.num_kv_heads"
             check_divides(kv_name, kv_heads, "model.num_heads", num_heads)
         check_divides("mesh.tensor", axis_size("heads"), kv_name, kv_heads)
-        check_one_of(f"{section}.implementation", options.implementation, (None, "cudnn", "xla"))
+        check_one_of(f"{section}.implementation", options.implementation, (None, "cudnn", "splash", "xla"))
         for field in ("window", "cache_length"):
             value = getattr(options, field)
             if value is not None and value < 1:
@@ -285,19 +292,41 @@ class Attention(nnx.Module):
             raise ConfigError(f"{section}.rotary_base={options.rotary_base} must be above 0.")
 
 
-def _best_implementation(query: jax.Array, key: jax.Array, needs_mask: bool) -> str:
-    """Return "cudnn" where cuDNN's flash attention serves: on a GPU, in half precision, at sizes that it knows."""
+def _choose(implementation: str | None, query: jax.Array, key: jax.Array, needs_mask: bool) -> str:
+    """Return the implementation that was asked for, or else the best that serves.
+
+    Raises:
+        NotImplementedError: "splash" was asked for and does not serve.
+    """
+    platform = target().platform
+    if implementation == "splash" or (implementation is None and platform == "tpu"):
+        reason = splash_attention.unsupported(query)
+        if reason is None:
+            return "splash"
+        if implementation == "splash":
+            raise NotImplementedError(f"Attention is not served by 'splash': {reason}")
+        _say_once(f"Attention runs as 'xla' and not as 'splash': {reason}")
+    if implementation is None:
+        return "cudnn" if platform == "gpu" and _cudnn_serves(query, key, needs_mask) else "xla"
+    return implementation
+
+
+def _cudnn_serves(query: jax.Array, key: jax.Array, needs_mask: bool) -> bool:
+    """Say whether cuDNN's flash attention does: in half precision, at sizes that it knows."""
     batch_size, length, _, head_size = query.shape
     mask_bytes = batch_size * length * key.shape[1] * query.dtype.itemsize if needs_mask else 0
-    serves = (
-        target().platform == "gpu"
-        and query.dtype in (jnp.bfloat16, jnp.float16)
+    return (
+        query.dtype in (jnp.bfloat16, jnp.float16)
         and head_size % 8 == 0
         and head_size <= 128
         and length % 64 == 0
         and mask_bytes <= _MOST_MASK_BYTES
     )
-    return "cudnn" if serves else "xla"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
 
 
 class _Seen(NamedTuple):
