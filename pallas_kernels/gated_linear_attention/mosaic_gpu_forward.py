@@ -208,7 +208,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 wait_for_scores(n)
                 tiles = [(q_s.at[p, :, slab(s)], k_s.at[p, :, slab(s)], g_tiles(p, s)) for s in range(slabs)]
                 a = exact_scores(tables_ref, zero, tiles, scale, (w_s, a_s, level_s)[: 1 + slabs])
-                put_table(w_s, triangles_ref, zero + BEFORE)
+                put_table(w_s, triangles_ref, zero + BEFORE)  # the transpose of AFTER; with the row itself UP_TO_HERE
                 plgpu.commit_smem()
                 for q, k, g in tiles:
                     up_to_here = matmul(*((w_s, term) for term in g)) + sum(load(term) for term in g)

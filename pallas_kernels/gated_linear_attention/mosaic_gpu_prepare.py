@@ -123,7 +123,7 @@ def prepare(q, k, g, *, scale, interpret=False):
             return a, jnp.maximum(worst, jnp.abs(sums))
 
         def unbounded(i, a):
-            """Make some slabs again, for any gate; q~ and k~ take both triangles that one table is."""
+            """Make some slabs again, for any gate."""
             zero = exact_s[0] - 1  # as `exact_scores` wants it
             plgpu.commit_smem()
             for stage in range(together):
@@ -135,7 +135,7 @@ def prepare(q, k, g, *, scale, interpret=False):
                 sums = matmul(*((term.T, select_s.T) for term in g), shape=(SLAB, 8))
                 decay_ref.at[row, head, n, slab(i * together + stage)][...] = jnp.exp(cell(sums, 0) + cell(sums, 1))
             a = a + exact_scores(tables_ref, zero, tiles, scale, (w_s, q_level_s, k_level_s)[: 1 + together])
-            put_table(w_s, triangles_ref, zero + BEFORE)
+            put_table(w_s, triangles_ref, zero + BEFORE)  # the transpose of AFTER; with the row itself UP_TO_HERE
             plgpu.commit_smem()
             for stage, (q, k, g) in enumerate(tiles):
                 up_to_here = matmul(*((w_s, term) for term in g)) + sum(load(term) for term in g)
