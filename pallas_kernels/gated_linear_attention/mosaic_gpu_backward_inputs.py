@@ -211,13 +211,18 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             def load_w():
                 return load(b_tile) * spread(to_end()) if at_edges else load(b_tile)
 
+            # M goes to shared memory, and so does W, rounded: its registers are needed
             m, z, w, total = stream(s, c)
             plgpu.barrier_wait(constants_full)
             plgpu.barrier_wait(gates_full)
             if c == 0:
                 dot_s.at[s][...] = total
                 lower = jnp.where(load(to_here_s) > 0, m, 0.0).astype(BF16)
-                pl.when(s == 0)(lambda: m_at(0).__setitem__(..., lower))
+
+                @pl.when(s == 0)
+                def _put():
+                    m_at(0)[...] = lower
+
             else:
                 seen = load(to_here_s) + (1 - s).astype(F32) > 0  # all of the first chunk
                 m_at(1 + s)[...] = jnp.where(seen, m, 0.0).astype(BF16)
@@ -254,6 +259,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
                 z = add_matmul(z, m_at(1), other_k, interpret=interpret) * spread(between())
             plgpu.barrier_arrive(crossed.at[s])
 
+            # dq, dk, and of dg the products of both sides, whose large parts cancel
             x = add_matmul(z, m_at(2 * c), k_tile, interpret=interpret)
             put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
             product = load(q_tile) * x
