@@ -120,16 +120,17 @@ def compare(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[floa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train every form and write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forms", default=";".join(FORMS), help="by semicolon; the reference comes first in any case")
+    parser.add_argument("--forms", default=";".join(FORMS), help="by semicolon")
+    parser.add_argument("--reference", default=REFERENCE, help="the form that the others are compared with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the config")
     parser.add_argument("--output", type=Path, required=True, help="the JSON")
     options = parser.parse_args(arguments)
     settings = dict(pair.split("=", 1) for pair in options.set)
     report: dict[str, Any] = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "last": LAST, "forms": []}
-    forms = [REFERENCE, *(form for form in options.forms.split(";") if form != REFERENCE)]
+    forms = [options.reference, *(form for form in options.forms.split(";") if form != options.reference)]
     cases = {form: [make_config(form, seed, settings) for seed in range(options.seeds)] for form in forms}
-    base = cases[REFERENCE]
+    base = cases[options.reference]
     states = make_states(base)
     data = [open_dataset(config.data, seed=config.seed, vocab_size=config.model.vocab_size) for config in base]
     batches = stack_batches(data, 0)
