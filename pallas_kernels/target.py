@@ -26,3 +26,14 @@ def target() -> Target:
     if device is None or isinstance(device, str):
         device = jax.devices(device)[0]
     return Target(device.platform, device.device_kind)
+
+
+def not_hopper() -> str | None:
+    """Return why a kernel for Hopper GPUs would not run there, in one sentence, or None."""
+    platform, kind = target()
+    if platform != "gpu":
+        return f"it would run on {kind}; the kernels need a Hopper GPU."
+    device = jax.devices("gpu")[0]
+    if getattr(device, "compute_capability", None) != "9.0":
+        return f"the GPU is {device.device_kind}; the kernels need a Hopper GPU (compute capability 9.0)."
+    return None

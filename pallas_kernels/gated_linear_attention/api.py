@@ -16,7 +16,6 @@ One with a way of its own for a single token has a second module, named in `_STE
 
 import functools
 import importlib
-import logging
 import math
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import choose, vary_alike
 from pallas_kernels.gated_linear_attention import reference
 from pallas_kernels.gated_linear_attention.shards import per_shard
 from pallas_kernels.target import target
@@ -96,7 +96,7 @@ def gated_linear_attention(
     scale = _checked_scale(scale, arguments[0].shape[-1])
     best = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
     unsupported = functools.partial(_unsupported, arguments=arguments, chunk_size=chunk_size, interpret=interpret)
-    name = _choose("gated_linear_attention", implementation, best, unsupported)
+    name = choose("gated_linear_attention", implementation, IMPLEMENTATIONS, best, unsupported)
     options = {"scale": scale, "chunk_size": chunk_size, "interpret": interpret}
     return _run(functools.partial(_module(name).gated_linear_attention, **options), *arguments)
 
@@ -187,7 +187,7 @@ def gated_linear_attention_step(
     scale = _checked_scale(scale, q.shape[-1])
     best = _BEST_STEP_FIRST.get(target().platform, _BEST_STEP_FIRST_ELSEWHERE)
     unsupported = functools.partial(_unsupported_step, query=q, value=v, interpret=interpret)
-    name = _choose("gated_linear_attention_step", implementation, best, unsupported)
+    name = choose("gated_linear_attention_step", implementation, IMPLEMENTATIONS, best, unsupported)
     if name == "reference":
         options = {"scale": scale, "chunk_size": None, "interpret": interpret}
         step = functools.partial(reference.gated_linear_attention, **options)
@@ -206,32 +206,8 @@ def _step(module, query, key, value, log_decay, state, segment_ids, **options):
 
 def _run(function, *arguments):
     """Call an implementation on each device's own rows and heads; all its arguments vary over the same manual axes."""
-    varied = lambda *parts: function(*_vary_alike(*parts))
+    varied = lambda *parts: function(*vary_alike(parts))
     return per_shard(varied, *arguments)
-
-
-def _choose(op, implementation, best, unsupported):
-    """Return the name of the first implementation that serves a call: of those asked for, or else of the best."""
-    names = best if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in names if name not in IMPLEMENTATIONS]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, "
-            "or a sequence of them."
-        )
-    reasons = {}
-    for name in names:
-        reasons[name] = unsupported(name)
-        if reasons[name] is None:
-            break
-    else:
-        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
-        raise NotImplementedError(f"{op} is not served by {tried}.")
-    if implementation is None:
-        for passed_over in names[: len(reasons) - 1]:
-            _say_once(f"{op} runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
-    return name
 
 
 def _module(name):
@@ -259,11 +235,6 @@ def _unsupported_step(name, query, value, interpret):
     except ImportError as error:
         return f"it cannot be imported here ({error})."
     return module.unsupported_step(query[:, 0], value[:, 0], interpret=interpret)
-
-
-@functools.cache
-def _say_once(message):
-    logging.getLogger(__name__).warning(message)
 
 
 def _checked(query, key, value, log_decay, initial_state, segment_ids, chunk_size, *, state_name="initial_state"):
@@ -349,15 +320,3 @@ def _checked_scale(scale, key_dim):
             f"scale is {scale}; it must be a finite Python number (a traced one can multiply the query instead)."
         )
     return float(scale)
-
-
-def _vary_alike(*arrays):
-    """Make all arrays vary over the same manual axes of an enclosing `shard_map`, as custom gradients and kernels need.
-
-    The transpose of this cast is the sum over the axes that an array did not vary over: the gradient of a gate that all
-    devices share, say. Outside `shard_map`, and with check_vma=False, nothing happens.
-    """
-    axes = lambda x: jax.typeof(x).manual_axis_type.varying
-    union = frozenset().union(*(axes(x) for x in arrays if x is not None))
-    vary = lambda x: jax.lax.pcast(x, tuple(sorted(union - axes(x))), to="varying")
-    return tuple(None if x is None else vary(x) for x in arrays)

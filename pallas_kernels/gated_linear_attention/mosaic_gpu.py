@@ -16,7 +16,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import back
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
 from pallas_kernels.gated_linear_attention.mosaic_gpu_wide import wide_backward, wide_forward
-from pallas_kernels.target import target
+from pallas_kernels.target import not_hopper
 
 _MOST_CHUNKS = 65_535  # a grid's second and third axis
 
@@ -35,14 +35,7 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
         return f"chunk_size is {chunk_size}; the kernels walk chunks of {CHUNK}."
     if query.shape[1] > _MOST_CHUNKS * CHUNK:
         return f"a row has {query.shape[1]} tokens; a grid has room for {_MOST_CHUNKS * CHUNK}."
-    if not interpret:
-        platform, kind = target()
-        if platform != "gpu":
-            return f"it would run on {kind}; the kernels need a Hopper GPU."
-        device = jax.devices("gpu")[0]
-        if getattr(device, "compute_capability", None) != "9.0":
-            return f"the GPU is {device.device_kind}; the kernels need a Hopper GPU (compute capability 9.0)."
-    return None
+    return None if interpret else not_hopper()
 
 
 def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):

@@ -11,12 +11,12 @@ name in `selective_scan`: arrays in their own dtypes, D, gate and delta_bias or 
 
 import functools
 import importlib
-import logging
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import choose, vary_alike
 from pallas_kernels.selective_scan import reference
 from pallas_kernels.selective_scan.shards import per_shard
 from pallas_kernels.selective_scan.terms import output, step_size
@@ -88,9 +88,11 @@ def selective_scan(
     """
     arguments = _checked(x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, chunk_size=chunk_size)
     options = {"chunk_size": chunk_size, "interpret": interpret}
-    name = _choose(implementation, functools.partial(_unsupported, arguments=arguments, **options))
+    best = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
+    unsupported = functools.partial(_unsupported, arguments=arguments, **options)
+    name = choose("selective_scan", implementation, IMPLEMENTATIONS, best, unsupported)
     run = functools.partial(_module(name).selective_scan, **options)
-    return per_shard(lambda **parts: run(**_vary_alike(parts)), arguments)
+    return per_shard(lambda **parts: run(**vary_alike(parts)), arguments)
 
 
 def selective_scan_support(
@@ -169,43 +171,13 @@ def selective_scan_step(
         raise ValueError("state is None; it must be a float32 array of shape [batch, channels, state size].")
     add_time = lambda array: None if array is None else jnp.asarray(array)[:, None]
     tokens = (add_time(x), add_time(delta), A, add_time(B), add_time(C), D, add_time(gate), delta_bias)
-    checked = _vary_alike(_checked(*tokens, state, None, chunk_size=None, state_name="state"))
+    checked = vary_alike(_checked(*tokens, state, None, chunk_size=None, state_name="state"))
     x, delta, B, C = (checked[name][:, 0] for name in ("x", "delta", "B", "C"))
     gate = None if gate is None else checked["gate"][:, 0]
     size = step_size(delta, checked["delta_bias"])
     wide_x, A, B, C = (array.astype(jnp.float32) for array in (x, checked["A"], B, C))
     y, state = reference.step(wide_x, size, A, B, C, checked["initial_state"])
     return output(y, x, checked["D"], gate), state
-
-
-def _choose(implementation, unsupported):
-    """Return the name of the first implementation that serves a call: of those asked for, or else of the best."""
-    names = implementation
-    if names is None:
-        names = _BEST_FIRST.get(target().platform, _BEST_FIRST_ELSEWHERE)
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if not names or any(name not in IMPLEMENTATIONS for name in names):
-        raise ValueError(
-            f"implementation is {implementation!r}; it must be None, one of {', '.join(IMPLEMENTATIONS)}, "
-            "or a sequence of them."
-        )
-    reasons = {}
-    for name in names:
-        reasons[name] = unsupported(name)
-        if reasons[name] is None:
-            break
-    else:
-        tried = "; nor by ".join(f"{name!r}: {reasons[name].rstrip('.')}" for name in names)
-        raise NotImplementedError(f"selective_scan is not served by {tried}.")
-    if implementation is None:
-        for passed_over in names[: len(reasons) - 1]:
-            _say_once(f"selective_scan runs as {name!r} and not as {passed_over!r}: {reasons[passed_over]}")
-    return name
-
-
-@functools.cache
-def _say_once(message):
-    logging.getLogger(__name__).warning(message)
 
 
 def _module(name):
@@ -269,15 +241,3 @@ def _checked(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be None or a positive integer.")
     return floats | {"initial_state": initial_state, "segment_ids": segment_ids}
-
-
-def _vary_alike(arguments):
-    """Make all arrays vary over the same manual axes of an enclosing `shard_map`, as custom gradients and kernels need.
-
-    The transpose of this cast is the sum over the axes that an array did not vary over: the gradient of an A that all
-    devices share, say. Outside `shard_map`, and with check_vma=False, nothing happens.
-    """
-    axes = lambda array: jax.typeof(array).manual_axis_type.varying
-    union = frozenset().union(*(axes(array) for array in arguments.values() if array is not None))
-    vary = lambda array: jax.lax.pcast(array, tuple(sorted(union - axes(array))), to="varying")
-    return {name: None if array is None else vary(array) for name, array in arguments.items()}

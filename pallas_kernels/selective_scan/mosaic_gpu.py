@@ -11,7 +11,7 @@ from pallas_kernels.selective_scan.mosaic_gpu_backward import backward
 from pallas_kernels.selective_scan.mosaic_gpu_carry import wanted, written
 from pallas_kernels.selective_scan.mosaic_gpu_forward import forward
 from pallas_kernels.selective_scan.mosaic_gpu_tile import CHUNK, STATES, WIDTH
-from pallas_kernels.target import target
+from pallas_kernels.target import not_hopper
 
 _NO_STEP = -1e4  # softplus of it is 0
 _ENOUGH_BLOCKS = 256  # two for each multiprocessor of an H100, which has 132
@@ -32,14 +32,7 @@ def unsupported(*, x, delta, A, gate, chunk_size, interpret, **others):
         return f"chunk_size is {chunk_size}; the kernels walk chunks of {CHUNK}."
     if x.shape[0] * _parts(x) > _MOST_ROWS:
         return f"there are {x.shape[0]} rows; a grid has room for {_MOST_ROWS}."
-    if not interpret:
-        platform, kind = target()
-        if platform != "gpu":
-            return f"it would run on {kind}; the kernels need a Hopper GPU."
-        device = jax.devices("gpu")[0]
-        if getattr(device, "compute_capability", None) != "9.0":
-            return f"the GPU is {device.device_kind}; the kernels need a Hopper GPU (compute capability 9.0)."
-    return None
+    return None if interpret else not_hopper()
 
 
 def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, segment_ids, chunk_size, interpret):

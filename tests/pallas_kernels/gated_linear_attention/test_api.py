@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gated_linear_attention, gated_linear_attention_step
+from pallas_kernels.dispatch import say_once
 from pallas_kernels.gated_linear_attention import IMPLEMENTATIONS, api, gated_linear_attention_support
 from pallas_kernels.target import Target
 
@@ -178,7 +179,7 @@ def fake(monkeypatch):
         "reference": implementation("reference", None),
     }
     monkeypatch.setattr(api, "_module", modules.__getitem__)
-    api._say_once.cache_clear()
+    say_once.cache_clear()
     return called
 
 
@@ -222,7 +223,7 @@ def test_a_step_takes_the_kernel_on_tpu_where_it_serves(monkeypatch, caplog, rea
     module = types.SimpleNamespace(unsupported_step=lambda *_, interpret: reason, gated_linear_attention_step=step)
     monkeypatch.setattr(api, "_module", {"mosaic_tpu_step": module}.__getitem__)
     monkeypatch.setattr(api, "target", lambda: Target("tpu", "some kind"))
-    api._say_once.cache_clear()
+    say_once.cache_clear()
     expected, _ = gated_linear_attention_step(**step_arguments(implementation="reference"))
     with caplog.at_level(logging.WARNING):
         out, _ = gated_linear_attention_step(**step_arguments())
