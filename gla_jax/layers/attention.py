@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ from gla_jax.layers.linear import linear, linear_flops
 from gla_jax.layers.rotary import continue_positions, rotate
 from gla_jax.parallel import sequence
 from gla_jax.parallel.sharding import axis_size, out_sharding, per_shard, share, zeros
+from pallas_kernels.dispatch import say_once
 from pallas_kernels.target import target
 
 State = dict[str, jax.Array]
@@ -305,7 +305,7 @@ def _choose(implementation: str | None, query: jax.Array, key: jax.Array, needs_
             return "splash"
         if implementation == "splash":
             raise NotImplementedError(f"Attention is not served by 'splash': {reason}")
-        _say_once(f"Attention runs as 'xla' and not as 'splash': {reason}")
+        say_once(f"Attention runs as 'xla' and not as 'splash': {reason}")
     if implementation is None:
         return "cudnn" if platform == "gpu" and _cudnn_serves(query, key, needs_mask) else "xla"
     return implementation
@@ -322,11 +322,6 @@ def _cudnn_serves(query: jax.Array, key: jax.Array, needs_mask: bool) -> bool:
         and length % 64 == 0
         and mask_bytes <= _MOST_MASK_BYTES
     )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logging.getLogger(__name__).warning(message)
 
 
 class _Seen(NamedTuple):

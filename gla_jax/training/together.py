@@ -23,6 +23,7 @@ from gla_jax.models.language_model import layer_mixers, mixer_options
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import TrainState, init_state
 from gla_jax.training.step import Batch, Metrics, make_eval_step, make_train_step
+from pallas_kernels.target import target
 
 AVERAGED_STEPS = 200
 """Last steps whose training loss is averaged, as in the paper's table 4."""
@@ -137,7 +138,7 @@ def stack_states(config: Config, count: int, seeds: Sequence[int]) -> TrainState
 
 
 def _with_attention_for_documents(model: ModelConfig) -> ModelConfig:
-    """Have attention computed by XLA: what jax makes of cuDNN's under `jax.vmap` fails on a mask for all heads."""
+    """Leave cuDNN's attention out: what jax makes of it under `jax.vmap` fails on a mask for all heads."""
     if "attention" not in layer_mixers(model):
         return model
     options = mixer_options(model, "attention")
@@ -146,8 +147,9 @@ def _with_attention_for_documents(model: ModelConfig) -> ModelConfig:
             "model.mixers.attention.implementation=cudnn cannot be trained at several learning rates on rows of "
             "several documents; leave it out for xla, or use train.py."
         )
-    if options.implementation is None and jax.default_backend() == "gpu":
-        print("Attention runs by XLA here, which is slower: under vmap cuDNN's cannot mask documents.", file=sys.stderr)
+    if options.implementation is not None or target().platform != "gpu":
+        return model
+    print("Attention runs by XLA here, which is slower: under vmap cuDNN's cannot mask documents.", file=sys.stderr)
     attention = dataclasses.replace(options, implementation="xla")
     return dataclasses.replace(model, mixers=model.mixers | {"attention": attention})
 
