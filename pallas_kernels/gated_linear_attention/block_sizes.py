@@ -96,7 +96,7 @@ _H100 = {
     (128, 256): {16: (64, True), 32: (64, False), 64: (128, False)},
     (256, 512): {8: (64, True), 16: (128, False)},
 }
-_MULTIPROCESSORS = 132  # of an H100 or H200; a cut row gives each at most one block of 128 value columns
+MULTIPROCESSORS = 132  # of an H100 or H200; a cut row gives each at most one block of 128 value columns
 _LEAST_CHUNKS = 4  # of a segment
 _LEAST_CUT = 16  # chunks of a row that is worth more than one kernel
 
@@ -108,5 +108,5 @@ def gpu_block_sizes(key_dim: int, value_dim: int, batch_heads: int, chunks: int)
     value_tile, cut = next((sizes for most, sizes in table.items() if batch_heads <= most), list(table.values())[-1])
     segments = 1
     if cut and chunks >= _LEAST_CUT:
-        segments = min(_MULTIPROCESSORS // (batch_heads * -(-value_dim // 128)), chunks // _LEAST_CHUNKS)
+        segments = min(MULTIPROCESSORS // (batch_heads * -(-value_dim // 128)), chunks // _LEAST_CHUNKS)
     return GpuBlockSizes(value_tile if value_dim % value_tile == 0 else 64, max(segments, 1))

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import segment_starts
 from pallas_kernels.target import target
 
 FLOAT32 = jnp.float32
@@ -43,9 +44,7 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     if state is None:
         outer = jnp.einsum("bhk,bhv->bhkv", query[:, 0], _per_head(value, heads)[:, 0])
         state = jnp.zeros_like(outer, dtype=FLOAT32)
-    starts = None
-    if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = None if segment_ids is None else segment_starts(segment_ids)
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (log_decay.shape[0], time, *log_decay.shape[2:]))
     # Padding with zeros leaves the state as it is: a key of 0 and a log_decay of 0.

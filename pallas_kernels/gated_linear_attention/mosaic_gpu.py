@@ -16,6 +16,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_sweep import back
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK, LEAST_LOG_DECAY, SLAB
 from pallas_kernels.gated_linear_attention.mosaic_gpu_forward import forward
 from pallas_kernels.gated_linear_attention.mosaic_gpu_wide import wide_backward, wide_forward
+from pallas_kernels.segments import segment_starts
 from pallas_kernels.target import not_hopper
 
 _MOST_CHUNKS = 65_535  # a grid's second and third axis
@@ -61,8 +62,8 @@ def _decay(log_decay, segment_ids, shape, tail):
     if log_decay is None:
         log_decay = jnp.zeros((1, 1, 1, 1), jnp.bfloat16)
     if segment_ids is not None:
-        starts = jnp.zeros(segment_ids.shape, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
-        log_decay = jnp.where(starts[..., None, None], jnp.asarray(LEAST_LOG_DECAY, log_decay.dtype), log_decay)
+        starts = segment_starts(segment_ids)[..., None, None]
+        log_decay = jnp.where(starts, jnp.asarray(LEAST_LOG_DECAY, log_decay.dtype), log_decay)
     rows, times, heads, channels = log_decay.shape
     if times == 1:  # beyond the end of a row nothing may decay
         times = CHUNK if time % (2 * CHUNK) == 0 or constant else time

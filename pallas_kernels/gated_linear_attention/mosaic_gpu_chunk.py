@@ -30,6 +30,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxlib.mlir.dialects import math as mlir_math
 
+from pallas_kernels.dispatch import vary_alike
+
 CHUNK = 64  # tokens
 MIDDLE = 31  # the reference row
 SLAB = 64  # key channels handled at once: one 128-byte swizzle
@@ -99,14 +101,12 @@ def kernel(body, *, name, interpret, warpgroups=3, replace=None, **kwargs):
     )
 
     def call(*arguments):
-        axes = lambda array: jax.typeof(array).manual_axis_type.varying
-        vary = lambda array: lax.pcast(array, tuple(sorted(axes(arguments[0]) - axes(array))), to="varying")
         results = run(*arguments)
         if replace is not None:
             references = [jax.new_ref(x) for x in results]
             replace(references)
             results = [jax.freeze(x) for x in references]
-        return jax.tree.map(vary, results)
+        return vary_alike((arguments[0], results))[1]
 
     return call
 

@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BF16,
     CHUNK,
@@ -42,7 +43,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
 
 COLUMNS = 64  # value columns of one warpgroup
 STAGES = 2  # chunks in shared memory
-_MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def walk(
@@ -87,7 +87,7 @@ def walk(
     segment = segment or chunks
     segments = pl.cdiv(chunks, segment)
     if value_tile is None:
-        fills = 2 * batch * segments * heads * (value_dim // (2 * COLUMNS)) > _MULTIPROCESSORS
+        fills = 2 * batch * segments * heads * (value_dim // (2 * COLUMNS)) > MULTIPROCESSORS
         value_tile = 2 * COLUMNS if value_dim % (2 * COLUMNS) == 0 and fills else COLUMNS
     consumers, tiles = value_tile // COLUMNS, value_dim // value_tile
     blocks = 2 if tiles % 2 == 0 else 1  # of a cluster

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import segment_starts
+
 
 def step(query, key, value, log_decay, state, *, scale):
     """Advance the state by one token and read it: `S = Diag(exp(g)) S + k v^T`, `o = scale S^T q` (equation 3).
@@ -31,8 +33,7 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     q, k, v = per_head(query), per_head(key), per_head(value)
     g = jnp.broadcast_to(0.0 if log_decay is None else per_head(log_decay), k.shape)
     if segment_ids is not None:
-        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-        g = jnp.where(jnp.pad(starts, ((0, 0), (1, 0)))[:, :, None, None], -jnp.inf, g)
+        g = jnp.where(segment_starts(segment_ids)[:, :, None, None], -jnp.inf, g)
     state = initial_state
     if state is None:
         state = jnp.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None, :])

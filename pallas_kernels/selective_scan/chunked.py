@@ -10,6 +10,7 @@ as a second associative scan from the end.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.terms import output, step_size
 from pallas_kernels.target import target
 
@@ -23,9 +24,7 @@ def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, seg
     """Compute the op chunk by chunk; see `api.py`. `interpret` does not matter here."""
     batch, time, channels = x.shape
     chunk = min(chunk_size or _tuned_chunk_size(), time)
-    starts = None
-    if segment_ids is not None:
-        starts = jnp.zeros_like(segment_ids, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    starts = None if segment_ids is None else segment_starts(segment_ids)
     state = initial_state
     if state is None:
         state = jnp.zeros_like((x[:, 0, :, None] * A).astype(jnp.float32))

@@ -7,6 +7,7 @@ parts where there are too few to fill the device, and sums the gradients of what
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.mosaic_gpu_backward import backward
 from pallas_kernels.selective_scan.mosaic_gpu_carry import wanted, written
 from pallas_kernels.selective_scan.mosaic_gpu_forward import forward
@@ -42,8 +43,7 @@ def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, seg
     tail = -time % (CHUNK * parts)
     starts = None
     if segment_ids is not None:
-        starts = jnp.zeros(segment_ids.shape, bool).at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
-        starts = jnp.pad(starts, ((0, 0), (0, tail)))
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, tail)))
 
     def pad(array, value=0.0):
         return None if array is None else jnp.pad(array, ((0, 0), (0, tail), (0, 0)), constant_values=value)

@@ -11,7 +11,6 @@ one thread, in a second layout; shared memory is in between.
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,6 +20,8 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
+
+from pallas_kernels.dispatch import vary_alike
 
 CHUNK = 16  # tokens
 STATES = 16  # numbers in the state of a channel, N
@@ -58,9 +59,7 @@ def kernel(body, *, grid, name, interpret, **kwargs):
     )
 
     def call(*arguments):
-        axes = lambda array: jax.typeof(array).manual_axis_type.varying
-        vary = lambda array: lax.pcast(array, tuple(sorted(axes(arguments[0]) - axes(array))), to="varying")
-        return [vary(array) for array in run(*arguments)]
+        return vary_alike((arguments[0], run(*arguments)))[1]
 
     return call
 

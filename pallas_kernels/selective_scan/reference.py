@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.segments import segment_starts
 from pallas_kernels.selective_scan.terms import output, step_size
 
 
@@ -33,7 +34,7 @@ def selective_scan(*, x, delta, A, B, C, D, gate, delta_bias, initial_state, seg
     wide_x, A, B, C = (array.astype(jnp.float32) for array in (x, A, B, C))
     starts = jnp.zeros(x.shape[:2], bool)
     if segment_ids is not None:
-        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        starts = segment_starts(segment_ids)
     state = initial_state
     if state is None:
         state = jnp.zeros_like(wide_x[:, 0, :, None] * A)
