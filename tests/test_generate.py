@@ -1,6 +1,5 @@
 """The command that continues texts, in a terminal."""
 
-import dataclasses
 import json
 import os
 import pty
@@ -13,25 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from held import Held
 
 from gla_jax.config import as_dict, build
 from gla_jax.models import abstract_model
 from gla_jax.training.checkpoint import write_params
 
 ROOT = Path(__file__).parents[1]
-
-
-@dataclasses.dataclass
-class Held:
-    """An array as `write_params` wants it."""
-
-    array: np.ndarray
-
-    def __post_init__(self):
-        self.shape, self.size, self.dtype = self.array.shape, self.array.size, self.array.dtype
-
-    def pieces(self):
-        yield (), self.array
 
 
 @pytest.fixture

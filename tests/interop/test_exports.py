@@ -5,7 +5,6 @@
 See tests/fixtures/make_interop.py for what to install there.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from held import Held
 from test_parity import loss_and_logits
 
 from gla_jax.config import as_dict, build
@@ -36,19 +36,6 @@ CASES = {
     "llama": {"mixer": "attention", "tie_embeddings": False},
     "mistral": {"mixer": "attention", "mixers": {"attention": {"num_kv_heads": 1, "window": 8}}},
 }
-
-
-@dataclasses.dataclass
-class Held:
-    """An array as `write_params` wants it."""
-
-    array: np.ndarray
-
-    def __post_init__(self):
-        self.shape, self.size, self.dtype = self.array.shape, self.array.size, self.array.dtype
-
-    def pieces(self):
-        yield (), self.array
 
 
 @pytest.mark.long

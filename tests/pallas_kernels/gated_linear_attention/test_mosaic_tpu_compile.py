@@ -1,11 +1,7 @@
 """The TPU kernels through the real TPU compiler, which needs libtpu but no TPU: pytest -m tpu."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from tpu_compiler import TOPOLOGIES, check_compiles
 
 pytestmark = pytest.mark.tpu
 
@@ -49,7 +45,6 @@ compiled = jax.jit(arguments[0]).trace(*arguments[1:]).lower().compile()
 assert "tpu_custom_call" in compiled.as_text()
 print("compiled")
 """
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = [(64, 64), (128, 128), (128, 256), (256, 512)]
 CALLS = [
     *((chip, *shape, "bfloat16", kernel) for chip in TOPOLOGIES for shape in SHAPES for kernel in ("forward", "train")),
@@ -63,16 +58,4 @@ CALLS = [
 @pytest.mark.parametrize(("chip", "key_dim", "value_dim", "dtype", "kernel"), CALLS, ids=str)
 def test_compiles(chip, key_dim, value_dim, dtype, kernel):
     pytest.importorskip("libtpu")
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LOG_DIR": "disabled",
-    }
-    call = json.dumps([TOPOLOGIES[chip], key_dim, value_dim, dtype, kernel])
-    child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, call], env=environment, capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0 and "compiled" in child.stdout, child.stderr[-3000:]
+    check_compiles(SCRIPT, TOPOLOGIES[chip], key_dim, value_dim, dtype, kernel)
