@@ -3,11 +3,14 @@
     python benchmarks/kernels.py --output=benchmarks/kernels_h100.json [--rivals=cudnn,flash_attention_2,jla,fla]
 
 Ours is `gated_linear_attention` with bfloat16 gates, forward alone and forward with backward, timed by CUPTI: kernels
-only, medians. Rivals that are not installed are left out: "cudnn" and "flash_attention_2" are torch's causal attention
-of the same width, "jla" is jax-linear-attention's `gla`, "fla" is flash-linear-attention's `chunk_gla`, which tunes
-itself for minutes at every new head size and is therefore timed only where --rivals names it, at one shape of each.
-Torch is timed by CUDA events after a flush of the L2 cache. The inputs of every shape exceed that cache, so ours start
-cold as well.
+only, medians; "call_ms" is the time from call to call of many in a row, gaps between kernels included. Rivals that are
+not installed are left out: "cudnn" and "flash_attention_2" are torch's causal attention of the same width, "jla" is
+jax-linear-attention's `gla`, "fla" is flash-linear-attention's `chunk_gla`. Torch is timed by CUDA events after a flush
+of the L2 cache. The inputs of every shape exceed that cache, so ours start cold as well.
+
+Compilation takes nearly all of the time, so every shape has a process of its own, and fla, which tunes itself while the
+others compile, one more. When all are ready, or --patience is over, they are timed one after another; a process takes
+its memory with it when it ends. The JSON is written after each.
 
 Copy bandwidth and matrix rate of the GPU are measured first. The floor is the bytes that must move once, inputs and
 outputs with no stored states, over that bandwidth; the rate is the FLOPs of chunks of 64 tokens over the time.
@@ -16,11 +19,20 @@ outputs with no stored states, over that bandwidth; the rate is the FLOPs of chu
 import argparse
 import concurrent.futures
 import contextlib
+import importlib
 import importlib.util
 import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
 import statistics
 import sys
+import time
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +52,7 @@ SHAPES = (  # B, T, H, K, V
 )
 STEPS = ((64, 4, 256, 512), (64, 4, 128, 256), (1, 4, 256, 512))  # B, H, K, V: single tokens
 CHUNK = 64
-PACKAGES = {"cudnn": "torch", "flash_attention_2": "torch", "jla": "jla", "fla": "fla"}
+PACKAGES = {"ours": "jax", "cudnn": "torch", "flash_attention_2": "torch", "jla": "jla", "fla": "fla"}
 
 
 def time_kernels(function, *arguments, iterations=14):
@@ -48,7 +60,7 @@ def time_kernels(function, *arguments, iterations=14):
     _, runs = profiler.Cupti(finalize=False).measure(function, aggregate=False, iterations=iterations)(*arguments)
     runs = runs[2:]
     totals = [sum(duration for _, duration in run) for run in runs]
-    kernels = {}
+    kernels: dict[str, float] = {}
     for i, (name, _) in enumerate(runs[0]):
         kernels[name] = kernels.get(name, 0.0) + statistics.median(run[i][1] for run in runs)
     return {
@@ -57,6 +69,16 @@ def time_kernels(function, *arguments, iterations=14):
         "most": round(max(totals), 4),
         "kernels": {name: round(duration, 4) for name, duration in kernels.items()},
     }
+
+
+def time_calls(compiled, *arguments, calls=20):
+    """Return milliseconds from call to call."""
+    jax.block_until_ready(compiled(*arguments))
+    start = time.perf_counter()
+    for _ in range(calls):
+        results = compiled(*arguments)
+    jax.block_until_ready(results)
+    return round((time.perf_counter() - start) / calls * 1e3, 4)
 
 
 def ceilings():
@@ -107,6 +129,7 @@ def time_jax(forward, both, shape, copy_rate):
     ):  # fmt: skip
         memory = compiled.memory_analysis()
         row[name] = time_kernels(compiled, *inputs)
+        row[name]["call_ms"] = time_calls(compiled, *inputs)
         peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         row[name]["peak_MiB"] = round(peak / 2**20)
         row[name]["floor_ms"] = round(2 * tokens * numbers / copy_rate / 1e9, 4)
@@ -129,17 +152,15 @@ def time_step(shape, copy_rate):
     return row
 
 
-def time_torch(name, shape):
-    """Time an op of torch at one shape: milliseconds, and MiB at the peak of forward and backward."""
+def torch_op(name, shape):
+    """Return an op of torch at one shape, its inputs, the cotangent of its output, and the context to run it in."""
     torch = importlib.import_module("torch")
-    do_bench = importlib.import_module("triton.testing").do_bench
     batch, time, heads, key_dim, value_dim = shape
     random = lambda *dims: torch.randn(*dims, device="cuda", dtype=torch.bfloat16)
     if name == "fla":
         chunk_gla = importlib.import_module("fla.ops.gla").chunk_gla
         inputs = [random(batch, time, heads, width) for width in (key_dim, key_dim, value_dim)]
-        gate = torch.nn.functional.logsigmoid(random(batch, time, heads, key_dim).float()) / 16
-        inputs.append(gate)
+        inputs.append((torch.nn.functional.logsigmoid(random(batch, time, heads, key_dim).float()) / 16).bfloat16())
         op, d_out = lambda *x: chunk_gla(*x)[0], random(batch, time, heads, value_dim)
         context = contextlib.nullcontext()
     else:  # heads of 64 or 128 channels
@@ -152,6 +173,14 @@ def time_torch(name, shape):
         context = attention.sdpa_kernel([getattr(attention.SDPBackend, backend)])
     for x in inputs:
         x.requires_grad_()
+    return op, inputs, d_out, context
+
+
+def time_torch(name, shape):
+    """Time an op of torch at one shape: milliseconds, and MiB at the peak of forward and backward."""
+    torch = importlib.import_module("torch")
+    do_bench = importlib.import_module("triton.testing").do_bench
+    op, inputs, d_out, context = torch_op(name, shape)
 
     def both():
         for x in inputs:
@@ -167,8 +196,25 @@ def time_torch(name, shape):
         row = {"forward": {"ms": forward}, "forward_backward": {"ms": bench(both)}}
     # do_bench holds 256 MiB of its own, with which it flushes the cache
     row["forward_backward"]["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20) - 256
-    torch.cuda.empty_cache()
     return row
+
+
+def tune_fla(shape, briefly):
+    """Have fla's kernels choose among Triton's configurations; briefly, among those of four warps and two stages."""
+    torch = importlib.import_module("torch")
+    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    initialise = tuner.__init__
+
+    def limited(self, fn, arg_names, configs, *others, **named):
+        few = [config for config in configs if config.num_warps == 4] or configs[:1]
+        few = [config for config in few if config.num_stages == 2] or few
+        initialise(self, fn, arg_names, few, *others, **named)
+
+    if briefly:
+        tuner.__init__ = limited
+    op, inputs, d_out, _ = torch_op("fla", shape)
+    op(*inputs).backward(d_out)
+    torch.cuda.synchronize()
 
 
 def ours(*x):
@@ -181,51 +227,130 @@ def jla(*x):
     return importlib.import_module("jla.ops.mosaic_gpu.gla").gla(*x)[0]
 
 
+def prepare(name, shape, briefly) -> Any:
+    """Do what takes long and needs no quiet GPU; return the compiled op if it is one of JAX."""
+    if name in ("ours", "jla"):
+        return compile_jax({"ours": ours, "jla": jla}[name], shape)
+    return tune_fla(shape, briefly) if name == "fla" else importlib.import_module("torch")
+
+
+def measure_shape(pipe, shape, names, briefly):
+    """Prepare some ops at one shape, say so, and time them when the copy bandwidth comes: the work of one process."""
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        prepared = {name: threads.submit(prepare, name, shape, briefly) for name in names}
+    pipe.send("ready")
+    copy_rate = pipe.recv()
+    for name in names:
+        try:
+            made = prepared[name].result()
+            figures = (
+                time_jax(made[0], made[1], shape, copy_rate) if name in ("ours", "jla") else time_torch(name, shape)
+            )
+        except Exception as error:  # one that does not serve the shape, or finds no memory
+            figures = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+        if name == "fla":
+            figures["tuned"] = "briefly" if briefly else "fully"
+        pipe.send((name, figures))
+
+
+def measure_chip(pipe):
+    """Measure what the chip can do, then single tokens."""
+    pipe.send("ready")
+    pipe.recv()
+    rates = ceilings()
+    pipe.send({"device": jax.devices()[0].device_kind, "jax": jax.__version__, **rates})
+    for shape in STEPS:
+        pipe.send({"B, H, K, V": shape, **time_step(shape, rates["copy_TBps"])})
+
+
+def start(context, function, *arguments):
+    """Start a process; return it and our end of the pipe to it."""
+    pipe, its_end = context.Pipe()
+    process = context.Process(target=function, args=(its_end, *arguments), daemon=True)
+    process.start()
+    its_end.close()
+    return process, pipe
+
+
+def wait_until_ready(jobs, patience):
+    """Wait for every process to say that it is ready; end those that are not in so many seconds."""
+    began, waiting = time.monotonic(), {pipe: name for name, (_, pipe) in jobs.items()}
+    while waiting:
+        left = began + patience - time.monotonic()
+        ready = multiprocessing.connection.wait(list(waiting), max(left, 0.0))
+        for pipe in (pipe for pipe in waiting.copy() if pipe in ready):
+            with contextlib.suppress(EOFError, OSError):  # of one that has died, which `ask` finds out
+                pipe.recv()
+            print(f"{time.monotonic() - began:4.0f} s: {waiting.pop(pipe)} ready, {len(waiting)} to come", flush=True)
+        if not ready:
+            for name in waiting.values():
+                print(f"{name} not ready in {patience:.0f} s: left out", flush=True)
+                jobs[name][0].kill()
+            return
+
+
+def ask(job, copy_rate):
+    """Tell a process to go on; yield what it sends until it ends."""
+    process, pipe = job
+    with contextlib.suppress(EOFError, OSError):
+        pipe.send(copy_rate)
+        while True:
+            yield pipe.recv()
+    process.join()  # and with it goes its memory
+
+
 def main():
     """Time everything and write the JSON, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rivals", default="cudnn,flash_attention_2,jla", help="which of them to time, if installed")
     parser.add_argument("--shapes", help="which rows to time, by number from 0, e.g. 0,3; all by default")
-    arguments = parser.parse_args()
-    rivals = [name for name in arguments.rivals.split(",") if name]
-    unknown = [name for name in rivals if name not in PACKAGES]
+    parser.add_argument("--briefly", action="store_true", help="let fla tune itself among few of Triton's choices")
+    parser.add_argument("--patience", type=float, default=1200, help="seconds for compiling and tuning")
+    options = parser.parse_args()
+    names = ["ours", *(name for name in options.rivals.split(",") if name)]
+    unknown = [name for name in names if name not in PACKAGES]
     if unknown:
-        parser.error(f"--rivals names {unknown[0]!r}; it must be of {', '.join(PACKAGES)}.")
-    rivals = [name for name in rivals if importlib.util.find_spec(PACKAGES[name]) is not None]
-    shapes = SHAPES if arguments.shapes is None else [SHAPES[int(i)] for i in arguments.shapes.split(",")]
+        parser.error(f"--rivals names {unknown[0]!r}; it must be of {', '.join(list(PACKAGES)[1:])}.")
+    missing = [name for name in names if importlib.util.find_spec(PACKAGES[name]) is None]
+    for name in missing:
+        print(f"{name} is not installed: left out", flush=True)
+    names = [name for name in names if name not in missing]
+    shapes = SHAPES if options.shapes is None else [SHAPES[int(i)] for i in options.shapes.split(",")]
 
-    rates = ceilings()
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **rates, "shapes": [], "steps": []}
-    print({key: report[key] for key in ("device", "jax", *rates)}, flush=True)
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # while one shape is lowered, others are compiled
-        ops = {"ours": ours} | ({"jla": jla} if "jla" in rivals else {})
-        compiling = {
-            (name, shape): threads.submit(compile_jax, op, shape) for shape in shapes for name, op in ops.items()
-        }
+    context = multiprocessing.get_context("spawn")
+    jobs = {"the chip": start(context, measure_chip)}
+    together = [name for name in names if name != "fla"]
     for shape in shapes:
-        row = {"B, T, H, K, V": shape}
-        new_heads = all(other[3:] != shape[3:] for other in shapes[: shapes.index(shape)])
-        for name in ("ours", *(name for name in rivals if name != "fla" or new_heads)):
-            try:
-                if name in ops:
-                    row[name] = time_jax(*compiling[name, shape].result(), shape, rates["copy_TBps"])
-                else:
-                    row[name] = time_torch(name, shape)
-                figures = [part["ms"] for part in row[name].values()]
-            except Exception as error:  # a rival that does not serve the shape
-                if name == "ours":
-                    raise
-                figures = [f"{type(error).__name__}: {str(error)[:200]}"]
-                row[name] = {"error": figures[0]}
-            print(shape, name, *figures, flush=True)
+        jobs[f"{shape}"] = start(context, measure_shape, shape, together, options.briefly)
+    for shape in shapes if "fla" in names else ():
+        jobs[f"{shape} fla"] = start(context, measure_shape, shape, ["fla"], options.briefly)
+    wait_until_ready(jobs, options.patience)
+
+    report: dict[str, Any] = {"device": "unknown", "copy_TBps": math.nan, "shapes": [], "steps": []}
+    write = lambda: options.output.write_text(json.dumps(report, indent=1))
+    for part in ask(jobs["the chip"], None):
+        if "device" in part:
+            report |= part
+        else:
+            report["steps"].append(part)
+        print(*part.items(), flush=True)
+    for shape in shapes:
+        row: dict[str, Any] = {"B, T, H, K, V": shape}
         report["shapes"].append(row)
-        arguments.output.write_text(json.dumps(report, indent=1))
-    for shape in STEPS:
-        row = {"B, H, K, V": shape, **time_step(shape, rates["copy_TBps"])}
-        report["steps"].append(row)
-        print("one token", shape, row["ms"], row["share_of_floor"], flush=True)
-        arguments.output.write_text(json.dumps(report, indent=1))
+        for job in (f"{shape}", f"{shape} fla"):
+            for name, figures in ask(jobs[job], report["copy_TBps"]) if job in jobs else ():
+                row[name] = figures
+                print(shape, name, *([figures["error"]] if "error" in figures else times(figures)), flush=True)
+                write()
+    write()
+    failed = [f"{row['B, T, H, K, V']}" for row in report["shapes"] if "forward" not in row.get("ours", {})]
+    sys.exit(f"Ours failed at {', '.join(failed)}." if failed else None)
+
+
+def times(figures):
+    """Return milliseconds, forward and with backward."""
+    return [figures[name]["ms"] for name in ("forward", "forward_backward")]
 
 
 if __name__ == "__main__":

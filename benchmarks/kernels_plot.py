@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="the picture; its ending chooses the format")
     options = parser.parse_args(arguments)
     report = json.loads(options.input.read_text())
+    report["shapes"] = [row for row in report["shapes"] if milliseconds(row, "ours", "forward_backward") is not None]
     print(table(report))
     figure = plt.figure(figsize=(10, 4), layout="constrained")
     draw(report, figure)

@@ -11,6 +11,7 @@ def test_draws_and_prints(tmp_path, capsys):
         {"B, T, H, K, V": [2, 64, 1, 64, 64], "ours": {"forward": timed, "forward_backward": timed}, "jla": jla}
         for jla in ({"error": "no"}, {"forward": {"ms": 0.3}, "forward_backward": {"ms": 0.5}})
     ]
+    rows.append({"B, T, H, K, V": [4, 64, 1, 64, 64], "ours": {"error": "no memory"}})
     report, picture = tmp_path / "report.json", tmp_path / "report.png"
     report.write_text(json.dumps({"device": "a GPU", "shapes": rows}))
     kernels_plot.main([str(report), f"--output={picture}"])
