@@ -4,7 +4,8 @@
 
 The whole of it at the sizes of the two models, bfloat16, N = 16: softplus of the step sizes with their bias, the
 recurrence, the skip and the gate; forward alone and forward with backward (of everything), kernels only, medians, by
-CUPTI. "jla" is the `mamba1` of jax-linear-attention, left out where it is not installed.
+CUPTI. "jla" is the `mamba1` of jax-linear-attention, left out where it is not installed. Each op has a process of its
+own at each size, all compile at once, and then they are timed one after another.
 
 Copy bandwidth is measured first. Two floors: the bytes that must move once, with no stored states, over that bandwidth;
 and the exponentials, one for each number of the state and token (forwards; no way back needs fewer than one more), at
@@ -12,19 +13,21 @@ and the exponentials, one for each number of the state and token (forwards; no w
 """
 
 import argparse
-import concurrent.futures
 import functools
 import importlib
 import importlib.util
 import json
+import math
+import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.kernels import ceilings, time_kernels
+from benchmarks.kernels import ask, ceilings, start, time_kernels, times, wait_until_ready
 from pallas_kernels.selective_scan import selective_scan
 
 SHAPES = {  # B, T, D
@@ -100,11 +103,27 @@ def time_op(forward, both, shape, copy_rate):
     return row
 
 
+def measure(pipe, name, shape):
+    """Compile an op at one shape, say so, and time it when the copy bandwidth comes: the work of one process."""
+    forward, both = compile_op(OPS[name], shape)
+    pipe.send("ready")
+    pipe.send(time_op(forward, both, shape, copy_rate=pipe.recv()))
+
+
+def measure_chip(pipe):
+    """Measure what the chip can do."""
+    pipe.send("ready")
+    pipe.recv()
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    pipe.send(device | {"copy_TBps": ceilings()["copy_TBps"]})
+
+
 def main():
     """Time everything and write the JSON, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ops", default=",".join(OPS), help="which of them to time, if installed")
+    parser.add_argument("--patience", type=float, default=600, help="seconds for compiling")
     options = parser.parse_args()
     names = options.ops.split(",")
     unknown = [name for name in names if name not in OPS]
@@ -112,18 +131,22 @@ def main():
         parser.error(f"--ops names {unknown[0]!r}; it must be of {', '.join(OPS)}.")
     names = [name for name in names if name != "jla" or importlib.util.find_spec("jla") is not None]
 
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        jobs = [(name, shape) for shape in SHAPES for name in names]
-        compiling = {job: threads.submit(compile_op, OPS[job[0]], SHAPES[job[1]]) for job in jobs}
-    copy_rate = ceilings()["copy_TBps"]
-    report = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "copy_TBps": copy_rate, "shapes": []}
+    context = multiprocessing.get_context("spawn")
+    jobs = {"the chip": start(context, measure_chip)}
+    jobs |= {f"{shape} {name}": start(context, measure, name, SHAPES[shape]) for shape in SHAPES for name in names}
+    wait_until_ready(jobs, options.patience)
+
+    report: dict[str, Any] = {"device": "unknown", "copy_TBps": math.nan, "shapes": []}
+    for part in ask(jobs["the chip"], None):
+        report |= part
     for shape in SHAPES:
-        row = {"shape": shape, "B, T, D": SHAPES[shape]}
-        for name in names:
-            row[name] = time_op(*compiling[name, shape].result(), SHAPES[shape], copy_rate)
-            print(shape, name, *(part["ms"] for part in row[name].values()), flush=True)
+        row: dict[str, Any] = {"shape": shape, "B, T, D": SHAPES[shape]}
         report["shapes"].append(row)
-        options.output.write_text(json.dumps(report, indent=1))
+        for name in names:
+            for figures in ask(jobs[f"{shape} {name}"], report["copy_TBps"]):
+                row[name] = figures
+                print(shape, name, *times(figures), flush=True)
+                options.output.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
