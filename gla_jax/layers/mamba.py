@@ -30,6 +30,7 @@ class MambaOptions:
     state_size: int = 16
     """Numbers in the state of each channel, N."""
     conv_size: int = 4
+    """Tokens that the short convolution sees."""
     conv_bias: bool = True
     dt_rank: int | None = None
     """Rank of the map to the step sizes, R; None: a sixteenth of the model dimension, rounded up."""
@@ -49,6 +50,9 @@ class Mamba(nnx.Module):
         u = silu(convolve(Wu x))        r, B, C = Wr u, WB u, WC u        delta = softplus(Wd r + b)
         h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t        o_t = C_t h_t + D u_t
         y = Wo (o * silu(Wz x))
+
+    with u, delta, o, D [E], B, C [N] and h, A [E, N]: the paper's algorithm 2, and its section 3.4 around it. D are the
+    weights of the skip here, as in the paper, and not the model dimension.
 
     A, D, Wd, b and the convolution begin as in the authors' code: A = -(1 .. N) in every channel, D = 1, Wd uniform
     within R^-0.5, softplus(b) log-uniform in [dt_min, dt_max]; the other linear maps as everywhere here, normal.
