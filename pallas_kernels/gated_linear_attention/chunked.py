@@ -36,7 +36,9 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
     return None
 
 
-def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+def gated_linear_attention(
+    query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret, output_final_state=True
+):
     """Compute the op chunk by chunk; see `api.py` for the arguments. `interpret` does not matter here."""
     time, heads = query.shape[1:3]
     cut = _cut_of(query.shape, chunk_size)

@@ -39,7 +39,9 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
     return None if interpret else not_hopper()
 
 
-def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+def gated_linear_attention(
+    query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret, output_final_state=True
+):
     """Compute the op on a Hopper GPU; see `api.py`."""
     (batch, time, _, key_dim), value_dim = query.shape, value.shape[-1]
     keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
@@ -51,8 +53,9 @@ def gated_linear_attention(query, key, value, log_decay, initial_state, segment_
     if initial_state is not None:
         initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, keys - key_dim), (0, values - value_dim)))
     arrays = (pad(query, keys), pad(key, keys), pad(value, values), decay, initial_state)
-    out, final_state = _ATTENTION[interpret](*arrays, scale, log_decay is not None, interpret)
-    return out[:, :time, :, :value_dim], final_state[:, :, :key_dim, :value_dim]
+    out, final_state = _ATTENTION[interpret](*arrays, scale, log_decay is not None, output_final_state, interpret)
+    out = out[:, :time, :, :value_dim]
+    return out, final_state[:, :, :key_dim, :value_dim] if output_final_state else None
 
 
 def _decay(log_decay, segment_ids, shape, tail):
@@ -96,18 +99,18 @@ def _sweeps(query, value, decay):
     return query.shape[-1] == value.shape[-1] == SLAB and decay.dtype == jnp.bfloat16
 
 
-def _attention(query, key, value, decay, initial_state, scale, gated, interpret):
-    """Run the forward pass; `gated` is False where nobody asks for the gradient of the decay."""
-    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    sizes = _sizes(query, value)
+def _attention(query, key, value, decay, initial_state, scale, gated, ends, interpret):
+    """Run the forward pass; `gated`: with a gradient of the decay, `ends`: with final states, or None for them."""
+    arrays = (query, key, value, _terms(decay), initial_state)
+    options, sizes = {"scale": scale, "ends": ends, "interpret": interpret}, _sizes(query, value)
     if _wide(query, sizes):
         return wide_forward(*arrays, segments=sizes.segments, **options)
-    return tuple(forward(*arrays, value_tile=sizes.value_tile, **options))
+    return forward(*arrays, value_tile=sizes.value_tile, **options)
 
 
-def _attention_forward(query, key, value, decay, initial_state, scale, gated, interpret):
-    arrays, options = (query, key, value, _terms(decay), initial_state), {"scale": scale, "interpret": interpret}
-    sizes = _sizes(query, value)
+def _attention_forward(query, key, value, decay, initial_state, scale, gated, ends, interpret):
+    arrays = (query, key, value, _terms(decay), initial_state)
+    options, sizes = {"scale": scale, "ends": ends, "interpret": interpret}, _sizes(query, value)
     if _wide(query, sizes):
         out, final_state, *saved = wide_forward(*arrays, segments=sizes.segments, save=True, **options)
     else:
@@ -116,24 +119,25 @@ def _attention_forward(query, key, value, decay, initial_state, scale, gated, in
     return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
 
 
-def _attention_backward(scale, gated, interpret, residuals, gradients):
+def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
     query, key, value, decay, initial_state, saved = residuals  # of the initial state: whether there was one
-    d_out, d_final = gradients
-    arrays, options = (query, key, value, _terms(decay), d_out), {"scale": scale, "interpret": interpret}
-    sizes = _sizes(query, value)
+    d_out, d_final = gradients  # None where there are no final states
+    arrays = (query, key, value, _terms(decay), d_out)
+    options, sizes = {"scale": scale, "interpret": interpret}, _sizes(query, value)
+    initial = initial_state is not None
     if _wide(query, sizes):
-        options |= {"segments": sizes.segments, "initial": initial_state is not None}
+        options |= {"segments": sizes.segments, "initial": initial}
         dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
     elif _sweeps(query, value, decay):
         states, exact, scores = saved
-        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, **options)
+        dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, initial=initial, **options)
     else:
         states, exact, scores = saved
         of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
-        du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, **options)
+        du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, initial=initial, **options)
         dq, dk, dg = backward_inputs(*arrays, states, du, exact, at_edges=False, **options)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
-    return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, None if initial_state is None else d_initial
+    return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, d_initial
 
 
 def _sum_to(gradient, like):
@@ -151,7 +155,7 @@ def _sum_to(gradient, like):
 
 def _differentiable(interpret):
     """Give the forward pass its gradient; under `jax.checkpoint` its first run then saves nothing for it."""
-    attention = jax.custom_vjp(_attention, nondiff_argnums=(5, 6, 7))
+    attention = jax.custom_vjp(_attention, nondiff_argnums=(5, 6, 7, 8))
     lean = not interpret  # whose effects stand in the way
     attention.defvjp(_attention_forward, _attention_backward, optimize_remat=lean)
     return attention

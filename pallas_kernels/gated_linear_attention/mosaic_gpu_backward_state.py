@@ -4,6 +4,8 @@ One thread block per (batch row, head, tile of value columns) walks the chunks f
 makes the gated tiles and dv; warpgroup 1 holds dR in float32 registers; warpgroup 2 drives the copy engine.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -34,34 +36,40 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     set_registers,
     tile,
     zero_row,
+    zeros,
 )
 
 
-def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile, interpret=False):
+def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile, initial, interpret=False):
     """Run the serial part of the backward pass.
 
     Args:
         q, k, g: as in `forward`.
         d_out: [B, T, H, V] bfloat16.
         exact, scores: what the forward saved.
-        d_final: [B, H, K, V] float32.
+        d_final: [B, H, K, V] float32, or None for zeros.
         scale: of the query.
         value_tile: value columns of a thread block, 64 or 128.
+        initial: return the gradient of the initial state.
         interpret: run in the interpreter.
 
     Returns:
         du [B, H, ceil(N / 2), K, V] bfloat16, dU of odd chunks (a row of odd length ends with an empty one); dv, a head
-        of the query each, [B, T, H, V] bfloat16; d_initial [B, H, K, V] float32.
+        of the query each, [B, T, H, V] bfloat16; d_initial [B, H, K, V] float32 or None.
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = d_out.shape[-1], heads // k.shape[2], len(g)
     chunks, slabs, stages = pl.cdiv(time, CHUNK), key_dim // SLAB, 2
     shape = (SLAB, value_tile)
 
-    def body(q_ref, k_ref, d_out_ref, exact_ref, scores_ref, d_final_ref, select_ref, triangles_ref, *refs):
-        g_refs, refs = refs[:terms], refs[terms:]
+    def body(q_ref, k_ref, d_out_ref, exact_ref, scores_ref, select_ref, triangles_ref, *all_refs):
+        refs = list(all_refs)
+        take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
+        g_refs = take(terms)
+        (d_final_ref,) = take(1, d_final is not None)
+        du_ref, dv_ref = take(2)
+        (d_initial_ref,) = take(1, initial)
         (
-            du_ref, dv_ref, d_initial_ref,
             q_s, k_s, g_s, d_out_s, a_s, gated_q_s, gated_k_s, du_s, dv_s, select_s, triangles_s, exact_s,
             full, free, chunk_full, chunk_free, gated_ready, gated_free, du_ready, du_free, clamped,
             select_ready, triangles_ready, done,
@@ -201,7 +209,9 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 plgpu.barrier_arrive(chunk_free.at[even])
                 return tuple(state), tuple(next_middle)
 
-            final = lambda s: load_state(d_final_ref.at[row, head, rows(s), columns])
+            def final(s):
+                return zeros(shape) if d_final_ref is None else load_state(d_final_ref.at[row, head, rows(s), columns])
+
             start = tuple(final(s) for s in range(slabs)), (zero_row(),) * slabs
             if chunks % 2:
                 for s in range(slabs):
@@ -209,7 +219,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 plgpu.commit_smem()
                 write_du(chunks)
             state, middle = lax.fori_loop(0, chunks, chunk, start)
-            for s in range(slabs):
+            for s in range(slabs if d_initial_ref is not None else 0):
                 d_initial_ref.at[row, head, rows(s), columns][...] = state[s] * along_rows(jnp.exp(middle[s]), shape)
             plgpu.barrier_wait(du_free)
             plgpu.wait_smem_to_gmem(0)
@@ -230,11 +240,13 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
         out_type=[
             result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, q),
             result(d_out.shape, BF16, q),
-            result((batch, heads, key_dim, value_dim), F32, q),
+            *([result((batch, heads, key_dim, value_dim), F32, q)] if initial else []),
         ],
         grid=(value_dim // value_tile, heads, batch),
         grid_names=("v", "h", "b"),
         scratch_types=scratch,
     )
     select, triangles, _ = constants()
-    return run(q, k, d_out, exact, scores, d_final, select, triangles, *g)
+    inputs = [q, k, d_out, exact, scores, select, triangles, *g, *([] if d_final is None else [d_final])]
+    du, dv, *d_initial = run(*inputs)
+    return du, dv, d_initial[0] if initial else None

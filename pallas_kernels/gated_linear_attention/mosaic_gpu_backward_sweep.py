@@ -15,6 +15,7 @@ e^{G_last}, and the parts of M are summed by levels.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -54,22 +55,25 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     unless,
     when,
     zero_row,
+    zeros,
 )
 
 
-def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, interpret=False):
+def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, initial, interpret=False):
     """Run the whole backward pass in one kernel, K = V = 64, one term of g.
 
     Args:
         q, k, v, g: as in `forward`.
         d_out: [B, T, H, V] bfloat16.
         states, exact, scores: what the forward saved; the scores of exact chunks are enough.
-        d_final: [B, H, K, V] float32.
+        d_final: [B, H, K, V] float32, or None for zeros.
         scale: of the query.
+        initial: return the gradient of the initial state.
         interpret: run in the interpreter.
 
     Returns:
-        dq, dk, dv, dg: a head of the query each, [B, T, H, 64] bfloat16; d_initial [B, H, K, V] float32.
+        dq, dk, dv, dg: a head of the query each, [B, T, H, 64] bfloat16; d_initial [B, H, K, V] float32 or
+        None.
     """
     batch, time, heads, key_dim = q.shape
     group, chunks, stages = heads // k.shape[2], pl.cdiv(time, CHUNK), 2
@@ -77,14 +81,20 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
     assert key_dim == v.shape[-1] == SLAB, (key_dim, v.shape)
     shape = (SLAB, SLAB)
 
-    def body(
-        q_ref, k_ref, v_ref, g_ref, d_out_ref, states_ref, exact_ref, any_ref, scores_ref, d_final_ref, select_ref,
-        triangles_ref, tables_ref, dq_ref, dk_ref, dv_ref, dg_ref, d_initial_ref,
-        q_s, k_s, v_s, g_s, d_out_s, r_s, gated_q_s, gated_k_s, a_s, m_s, du_s, p_s, dq_s, dk_s, dv_s,
-        select_s, triangles_s, dot_s, exact_s,
-        full, free, gated_ready, a_ready, gated_free, du_ready, du_free, dot_ready, dot_free, scores_ready, clamped,
-        select_ready, triangles_ready, done,
-    ):  # fmt: skip
+    def body(*all_refs):
+        refs = list(all_refs)
+        take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
+        q_ref, k_ref, v_ref, g_ref, d_out_ref, states_ref, exact_ref, any_ref, scores_ref = take(9)
+        select_ref, triangles_ref, tables_ref = take(3)
+        (d_final_ref,) = take(1, d_final is not None)
+        dq_ref, dk_ref, dv_ref, dg_ref = take(4)
+        (d_initial_ref,) = take(1, initial)
+        (
+            q_s, k_s, v_s, g_s, d_out_s, r_s, gated_q_s, gated_k_s, a_s, m_s, du_s, p_s, dq_s, dk_s, dv_s,
+            select_s, triangles_s, dot_s, exact_s,
+            full, free, gated_ready, a_ready, gated_free, du_ready, du_free, dot_ready, dot_free, scores_ready,
+            clamped, select_ready, triangles_ready, done,
+        ) = refs  # fmt: skip
         head, row, warpgroup = lax.axis_index("h"), lax.axis_index("b"), lax.axis_index("warpgroup")
         kv_head = lax.div(head, group)
         tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
@@ -249,9 +259,10 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.copy_smem_to_gmem(dv_s, dv_ref.at[row, tokens(n), head])
                 return dr, middle
 
-            start = load_state(d_final_ref.at[row, head]), zero_row()
-            dr, middle = walk(chunk, start)
-            d_initial_ref.at[row, head][...] = dr * along_rows(jnp.exp(middle), shape)
+            start = zeros(shape) if d_final_ref is None else load_state(d_final_ref.at[row, head])
+            dr, middle = walk(chunk, (start, zero_row()))
+            if d_initial_ref is not None:
+                d_initial_ref.at[row, head][...] = dr * along_rows(jnp.exp(middle), shape)
             plgpu.barrier_wait(du_free)
             plgpu.barrier_wait(dot_free)
             plgpu.wait_smem_to_gmem(0)
@@ -260,7 +271,9 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    token_grads = [result((batch, time, heads, SLAB), BF16, q)] * 4
+    out_type = [result((batch, time, heads, SLAB), BF16, q)] * 4
+    if initial:
+        out_type.append(result((batch, heads, key_dim, SLAB), F32, q))
     one = [tile(CHUNK, SLAB)]
     scratch = [tile(stages, CHUNK, SLAB)] * 6 + one * 5 + [tile(3, CHUNK, SLAB)] + one * 3
     scratch += [tile(8, CHUNK), tile(4, CHUNK, CHUNK), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((stages,), jnp.int32)]
@@ -270,9 +283,11 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         body,
         name="gla_backward_sweep",
         interpret=interpret,
-        out_type=[*token_grads, result((batch, heads, key_dim, SLAB), F32, q)],
+        out_type=out_type,
         grid=(heads, batch),
         grid_names=("h", "b"),
         scratch_types=scratch,
     )
-    return run(q, k, v, g, d_out, states, exact, jnp.max(exact, axis=2), scores, d_final, *constants())
+    inputs = [q, k, v, g, d_out, states, exact, jnp.max(exact, axis=2), scores, *constants()]
+    dq, dk, dv, dg, *d_initial = run(*inputs, *([] if d_final is None else [d_final]))
+    return dq, dk, dv, dg, d_initial[0] if initial else None

@@ -10,6 +10,8 @@ as it stands, and never passes through shared memory. What must move moves once:
 out, and where a gradient will follow what it needs of the chunks. `mosaic_gpu_chunk` has the algebra and its letters.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -51,7 +53,7 @@ VALUES = 64  # value columns of a warpgroup
 REGISTERS = {1: (PRODUCER, CONSUMER, CONSUMER), 2: (PRODUCER, 168, 160)}
 
 
-def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpret=False):
+def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=True, interpret=False):
     """Run the forward kernel.
 
     Args:
@@ -62,10 +64,11 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
         scale: of the query.
         value_tile: value columns of a thread block, 64 or 128.
         save: what to return for the backward pass: None; "states"; "scores": them too. Those of exact chunks always.
+        ends: return the final state.
         interpret: run in the interpreter.
 
     Returns:
-        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, then if asked for:
+        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32 or None, then if asked for:
         states R [B, H, N, K, V] bfloat16 (with "scores", of even chunks only), exact [B, H, N] int32,
         scores [B, H, N, C, C] bfloat16 (with "states", those of bounded chunks are not written).
     """
@@ -77,7 +80,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
     warpgroups = value_tile // VALUES
     every = 2 if save == "scores" else 1  # which chunks' states are saved
 
-    out_type = [result((batch, time, heads, value_dim), BF16, q), result((batch, heads, key_dim, value_dim), F32, q)]
+    out_type = [result((batch, time, heads, value_dim), BF16, q)]
+    if ends:
+        out_type.append(result((batch, heads, key_dim, value_dim), F32, q))
     if save is not None:
         out_type += [
             result((batch, heads, pl.cdiv(chunks, every), key_dim, value_dim), BF16, q),
@@ -87,12 +92,13 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
 
     def body(*all_refs):
         refs = list(all_refs)
-        take = lambda count: [refs.pop(0) for _ in range(count)]
+        take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
         q_ref, k_ref, v_ref, select_ref, triangles_ref, tables_ref = take(6)
         g_refs = take(terms)
-        (initial_ref,) = take(1) if initial_state is not None else (None,)
-        out_ref, final_ref = take(2)
-        states_ref, exact_ref, scores_ref = take(3 if save is not None else 0) or [None] * 3
+        (initial_ref,) = take(1, initial_state is not None)
+        (out_ref,) = take(1)
+        (final_ref,) = take(1, ends)
+        states_ref, exact_ref, scores_ref = take(3, save is not None)
         q_s, k_s, g_s, v_s, a_s, out_s, shift_s, w_s, level_s, select_s, factors_s, exact_s = take(12)
         state_tiles = take(1 if save is not None else 0)
         full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, done, *staging = refs
@@ -299,8 +305,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
                 state = load_turned_state(initial_ref.at[row, head, :, mine], interpret)
             state = lax.fori_loop(0, chunks, chunk, state)
             plgpu.barrier_wait(ready.at[chunks % 2])
-            final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])
-            final_ref.at[row, head, :, mine].T[...] = flip(final)
+            if final_ref is not None:
+                final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])
+                final_ref.at[row, head, :, mine].T[...] = flip(final)
             plgpu.wait_smem_to_gmem(0)
 
         # no warpgroup leaves while another still issues matrix products
@@ -346,4 +353,5 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, interpre
     inputs = [q, k, v, *constants(), *g]
     if initial_state is not None:
         inputs.append(initial_state)
-    return run(*inputs)
+    out, *others = run(*inputs)
+    return out, others.pop(0) if ends else None, *others

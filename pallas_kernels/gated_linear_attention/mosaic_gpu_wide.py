@@ -18,7 +18,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_linear_attention.mosaic_gpu_walk import walk
 
 
-def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, interpret=False):
+def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, ends=True, interpret=False):
     """Run the forward pass.
 
     Args:
@@ -29,14 +29,16 @@ def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, inte
         scale: of the query.
         segments: how many pieces to cut a row into.
         save: return what `wide_backward` needs as well.
+        ends: return the final state.
         interpret: run in the interpreter.
 
     Returns:
-        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32, and with `save` six arrays for `wide_backward`.
+        out [B, T, H, V] bfloat16, final state [B, H, K, V] float32 or None, and with `save` six arrays for
+        `wide_backward`.
     """
     gated_q, gated_k, scores, decay, exact = prepare(q, k, g, scale=scale, interpret=interpret)
     arrays = (gated_q, gated_k, v, scores, decay, initial_state)
-    out, final_state, *states = _walk(*arrays, segments=segments, save=save, interpret=interpret)
+    out, final_state, *states = _walk(*arrays, segments=segments, save=save, ends=ends, interpret=interpret)
     return (out, final_state, gated_q, gated_k, scores, decay, exact, *states) if save else (out, final_state)
 
 
@@ -44,15 +46,15 @@ def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, segments, initial
     """Return the gradients of q, k, v and g, one for each query head, and if there was an `initial` state, of that."""
     gated_q, gated_k, scores, decay, exact, states = saved
     arrays = (gated_k, gated_q, d_out, scores, decay, d_final)
-    walked = _walk(*arrays, segments=segments, reverse=True, save=True, ends=initial, interpret=interpret)
-    dv, d_initial, d_states = walked if initial else (walked[0], None, walked[1])
+    options = {"segments": segments, "reverse": True, "save": True, "ends": initial, "interpret": interpret}
+    dv, d_initial, d_states = _walk(*arrays, **options)
     options = {"at_edges": True, "scale": scale, "interpret": interpret}
     dq, dk, dg = backward_inputs(q, k, v, g, d_out, states, d_states, exact, **options)
     return dq, dk, dv, dg, d_initial
 
 
 def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save=False, ends=True, interpret=False):
-    """Walk whole rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does, but one end."""
+    """Walk rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does, but one end or None."""
     chunks = pl.cdiv(write.shape[1], CHUNK)
     segment = chunks if segments == 1 else 2 * pl.cdiv(chunks, 2 * segments)  # even: every second state is kept
     common = {"reverse": reverse, "segment": segment, "interpret": interpret}
@@ -61,9 +63,8 @@ def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save
         (written,) = walk(None, write, x, None, decay, None, **common)
         starts = _states_before(start, written, _decay_of_segments(decay, segment), reverse)
     out, *others = walk(read, write, x, scores, decay, starts, save=save, ends=ends, **common)
-    if ends:
-        others[0] = others[0][:, 0 if reverse else -1]
-    return out, *others
+    end = others.pop(0)[:, 0 if reverse else -1] if ends else None
+    return out, end, *others
 
 
 def _decay_of_segments(decay, segment):

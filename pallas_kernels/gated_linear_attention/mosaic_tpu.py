@@ -89,6 +89,7 @@ def gated_linear_attention(
     scale: float,
     chunk_size: int | None,
     interpret: Any,
+    output_final_state: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the TPU kernels on a call that `unsupported` accepts.
 

@@ -27,7 +27,9 @@ def unsupported(query, key, value, log_decay, initial_state, segment_ids, *, chu
     return None
 
 
-def gated_linear_attention(query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret):
+def gated_linear_attention(
+    query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret, output_final_state=True
+):
     """Compute the op by `lax.scan` over tokens; see `api.py`. `chunk_size` and `interpret` do not matter here."""
     per_head = lambda x: jnp.repeat(x, query.shape[2] // x.shape[2], axis=2).astype(jnp.float32)
     q, k, v = per_head(query), per_head(key), per_head(value)

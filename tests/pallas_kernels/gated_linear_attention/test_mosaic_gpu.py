@@ -18,13 +18,13 @@ NAMES = ("query", "key", "value", "log_decay", "initial_state")
 
 # B, T, H, H_kv, K, V, gate, what else
 CASES = {
-    "bounded": (1, 128, 1, 1, 64, 64, "bfloat16", ""),
+    "bounded": (1, 128, 1, 1, 64, 64, "bfloat16", "endless"),
     "no gate, tail": (1, 70, 1, 1, 32, 48, "none", ""),
     "resets and -inf": (1, 128, 1, 1, 64, 64, "strong", "initial segments"),
     "scalar float32, shared heads": (1, 128, 2, 1, 64, 64, "scalar", "initial"),
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
     "constant": (1, 128, 1, 1, 64, 64, "constant", ""),
-    "constant, wide": (1, 64, 1, 1, 64, 128, "constant scalar", "initial"),
+    "constant, wide": (1, 64, 1, 1, 64, 128, "constant scalar", "initial endless"),
     "cut, odd chunks": (1, 320, 1, 1, 64, 64, "strong", "cut initial"),
 }
 QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
@@ -95,22 +95,27 @@ def inputs(batch, time, heads, kv_heads, key_dim, value_dim, gate, more, seed=0)
 def check(shape, *, interpret, seed=0):
     """Hold results and gradients against float64; return the errors."""
     arguments, cotangents = inputs(*shape, seed=seed)
-    scale = 0.7 * shape[4] ** -0.5
+    scale, ends = 0.7 * shape[4] ** -0.5, "endless" not in shape[7]
+    if not ends:
+        cotangents = cotangents[0], jnp.zeros_like(cotangents[1])
     assert mosaic_gpu.unsupported(*arguments, chunk_size=None, interpret=interpret) is None
     cut = mock.patch.object(mosaic_gpu, "gpu_block_sizes", lambda *_: GpuBlockSizes(64, segments=3))
 
     @jax.jit
     def run(differentiable, segment_ids, cotangents):
         op = lambda *x: mosaic_gpu.gated_linear_attention(
-            *x, segment_ids, scale=scale, chunk_size=None, interpret=interpret
+            *x, segment_ids, scale=scale, chunk_size=None, interpret=interpret, output_final_state=ends
         )
         results, pull_back = jax.vjp(op, *differentiable)
-        return results, pull_back(cotangents)
+        return results, pull_back((cotangents[0], cotangents[1] if ends else None))
 
     with cut if "cut" in shape[7] else contextlib.nullcontext():
         results, gradients = run(arguments[:5], arguments[5], cotangents)
     expected, expected_gradients = truth(*arguments, scale, *cotangents)
-    errors = {name: error(*pair) for name, *pair in zip(("out", "final_state"), results, expected, strict=True)}
+    errors = {"out": error(results[0], expected[0])}
+    assert (results[1] is not None) == ends
+    if ends:
+        errors["final_state"] = error(results[1], expected[1])
     for name, value, gradient, right in zip(NAMES, arguments[:5], gradients, expected_gradients, strict=True):
         if value is not None:
             assert gradient.shape == value.shape and gradient.dtype == value.dtype, name
@@ -207,10 +212,12 @@ def test_gradients_of_what_is_laid_out_over_a_mesh_lower_for_cuda(key_dim, time,
     assert len(calls) >= 2 and all("tensor<1x" in line and "tensor<4x" not in line for line in calls)
 
 
-def test_recomputed_layers_run_no_kernel_for_nothing():
+@pytest.mark.parametrize("ends", [True, False])
+def test_recomputed_layers_run_no_kernel_for_nothing(ends):
     """A scan over layers under `jax.checkpoint`: a forward that saves nothing, one that saves, and the backward."""
     like = jax.ShapeDtypeStruct((1, 128, 1, 64), jnp.bfloat16)
-    op = lambda *x: mosaic_gpu.gated_linear_attention(*x, None, None, scale=1.0, chunk_size=None, interpret=False)[0]
+    options = {"scale": 1.0, "chunk_size": None, "interpret": False, "output_final_state": ends}
+    op = lambda *x: mosaic_gpu.gated_linear_attention(*x, None, None, **options)[0]
 
     def loss(q, k, v, g):
         q, _ = jax.lax.scan(lambda q, _: (jax.checkpoint(op)(q, k, v, g), None), q, length=3)
@@ -219,7 +226,9 @@ def test_recomputed_layers_run_no_kernel_for_nothing():
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
     program = gradient.trace(like, like, like, like).lower(lowering_platforms=("cuda",)).as_text()
     results = [line.rsplit("->", 1)[1] for line in program.splitlines() if "@mosaic_gpu" in line]
-    assert [line.count("tensor<") for line in results] == [2, 5, 5]
+    assert [line.count("tensor<") for line in results] == (
+        [2, 5, 4] if ends else [1, 4, 4]
+    )  # with final states, or not
 
 
 @pytest.mark.long
@@ -251,18 +260,18 @@ def test_says_why_it_does_not_serve():
 ON_A_GPU = {
     "segments, initial state, tail": (2, 200, 2, 1, 64, 64, "strong", "initial segments"),
     "long": (1, 8192, 1, 1, 64, 64, "strong", "segments"),
-    "340M": (1, 512, 2, 2, 128, 256, "bfloat16", "initial"),
+    "340M": (1, 512, 2, 2, 128, 256, "bfloat16", "endless"),
     "340M, float32, strong": (1, 192, 2, 1, 128, 256, "strong float32", "initial"),
     "1.3B": (1, 320, 1, 1, 256, 512, "bfloat16", "initial"),
     "1.3B, strong": (1, 192, 1, 1, 256, 128, "strong", "segments"),
     "odd sizes": (1, 100, 2, 1, 96, 80, "scalar", "initial"),
     "no gate": (1, 130, 1, 1, 32, 48, "none", ""),
-    "short": (2, 40, 1, 1, 64, 64, "bfloat16", ""),
+    "short": (2, 40, 1, 1, 64, 64, "bfloat16", "endless"),
     "constant": (1, 320, 1, 1, 128, 128, "constant", ""),
     "one chunk, wide": (1, 64, 1, 1, 128, 64, "bfloat16", "initial"),
-    "odd chunks, wide": (1, 192, 1, 1, 128, 128, "scalar", "initial"),
+    "odd chunks, wide": (1, 192, 1, 1, 128, 128, "scalar", "initial endless"),
     "one chunk, wider": (1, 64, 1, 1, 256, 64, "bfloat16", "initial"),
-    "constant, wider": (1, 320, 1, 1, 256, 128, "constant", ""),
+    "constant, wider": (1, 320, 1, 1, 256, 128, "constant", "endless"),
     "wider, float32, strong": (1, 192, 2, 1, 256, 128, "strong float32", "initial segments"),
     "cut, strong": (2, 320, 2, 1, 64, 64, "strong float32", "cut initial segments"),
     "cut, wide": (1, 500, 2, 2, 128, 256, "bfloat16", "cut"),
