@@ -59,12 +59,70 @@ def _forward(types: tuple[_Type, ...], x: jax.Array, kernel: jax.Array) -> tuple
 def _backward(types: tuple[_Type, ...], kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = kept
     rounded = round_to(gradient, GRADIENTS)
-    *rows, last = range(gradient.ndim)
-    d_x = _multiply(rounded, kernel, ((last,), (1,)), types[1])
-    return d_x, _multiply(x, rounded, (tuple(rows), tuple(rows)), types[2])
+    return _gradient_of_x(rounded, kernel, types[1]), _gradient_of_kernel(x, rounded, types[2])
 
 
 _dot.defvjp(_forward, _backward)
+
+
+def float8_gated(x: jax.Array, gate: jax.Array, up: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
+    """Return swish(x @ gate) * (x @ up), multiplied as `float8_dot` does.
+
+    The gradients of both products come from one pass over all that they need. Their largest entries would take another
+    pass, so they are scaled by bounds instead, from the largest entries of what they are made of.
+
+    Args:
+        x: [.., features].
+        gate, up: kernels [features, features].
+        out_sharding: of the result.
+
+    Returns:
+        The gated product in the dtype of x.
+    """
+    types = _Type(x.dtype, out_sharding), _type_of_gradient(x), _type_of_gradient(gate), _type_of_gradient(up)
+    return _gated(types, x, gate, up)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(types: tuple[_Type, ...], x: jax.Array, gate: jax.Array, up: jax.Array) -> jax.Array:
+    return _forward_gated(types, x, gate, up)[0]
+
+
+def _forward_gated(types: tuple[_Type, ...], x: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
+    rounded = round_to(x, VALUES)
+    kernels = round_to(gate, VALUES), round_to(up, VALUES)
+    products = tuple(_multiply(rounded, kernel, ((x.ndim - 1,), (0,)), types[0]) for kernel in kernels)
+    kept = rounded, kernels, products, tuple(_largest(product) for product in products)
+    return _swish_times(*products).astype(x.dtype), kept
+
+
+def _backward_gated(types: tuple[_Type, ...], kept: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    x, kernels, products, largest = kept
+    most = _largest(gradient)
+    _, pull = jax.vjp(_swish_times, *(product.astype(jnp.float32) for product in products))
+    # The derivative of swish is below 1.1, and swish itself below its argument.
+    bounds = 1.1 * most * largest[1], most * largest[0]
+    d_gate, d_up = (
+        round_to(d, GRADIENTS, bound) for d, bound in zip(pull(gradient.astype(jnp.float32)), bounds, strict=True)
+    )
+    d_x = _gradient_of_x(d_gate, kernels[0], types[1]) + _gradient_of_x(d_up, kernels[1], types[1])
+    return d_x, _gradient_of_kernel(x, d_gate, types[2]), _gradient_of_kernel(x, d_up, types[3])
+
+
+_gated.defvjp(_forward_gated, _backward_gated)
+
+
+def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate.astype(jnp.float32)) * up
+
+
+def _gradient_of_x(gradient: Scaled, kernel: Scaled, wanted: _Type) -> jax.Array:
+    return _multiply(gradient, kernel, ((gradient[0].ndim - 1,), (1,)), wanted)
+
+
+def _gradient_of_kernel(x: Scaled, gradient: Scaled, wanted: _Type) -> jax.Array:
+    rows = tuple(range(x[0].ndim - 1))
+    return _multiply(x, gradient, (rows, rows), wanted)
 
 
 def _multiply(a: Scaled, b: Scaled, summed: tuple[tuple[int, ...], tuple[int, ...]], wanted: _Type) -> jax.Array:
@@ -90,10 +148,17 @@ def _type_of_gradient(x: jax.Array) -> _Type:
     return _Type(x.dtype, PartitionSpec(*spec.partitions, unreduced=spec.reduced))
 
 
-def round_to(x: jax.Array, dtype: DTypeLike) -> Scaled:
-    """Return an array in an 8-bit dtype and the float32 power of two that it has to be multiplied by."""
-    least = shard(jnp.max(jnp.abs(x)).astype(jnp.float32)) / float(jnp.finfo(dtype).max)
+def round_to(x: jax.Array, dtype: DTypeLike, largest: jax.Array | None = None) -> Scaled:
+    """Return an array in an 8-bit dtype and the float32 power of two that it has to be multiplied by.
+
+    `largest` bounds the entries, if that is known already.
+    """
+    least = (_largest(x) if largest is None else largest) / float(jnp.finfo(dtype).max)
     bits = jax.lax.bitcast_convert_type(jnp.maximum(least, 2.0**-100), jnp.int32)
     up = (bits + 0x7FFFFF) & ~0x7FFFFF  # no mantissa left, the exponent one more if there was any
     scale = jax.lax.bitcast_convert_type(up, jnp.float32)
     return (x.astype(jnp.float32) / scale).astype(dtype), scale
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    return shard(jnp.max(jnp.abs(x)).astype(jnp.float32))

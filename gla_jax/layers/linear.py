@@ -25,22 +25,34 @@ class Linear(nnx.Linear):
         multiply = lambda inputs: self._multiply(inputs, out_sharding)
         return multiply(inputs) if self.float8 else recomputed(multiply)(inputs)
 
+    def factor(self) -> jax.Array:
+        """Return the kernel as products take it: in the compute dtype, whole along the model dimension."""
+        (kernel,) = self.promote_dtype((self.kernel[...],), dtype=self.dtype)
+        return gather_weight(kernel, *self.kernel.axes)
+
     def _multiply(self, inputs: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
-        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
-        kernel = gather_weight(kernel, *self.kernel.axes)
-        shape = inputs.shape
-        if axis_size("time") == 1:
-            # As one long list of rows: the gradient of the kernel then sums over one axis. Over two of them, XLA
-            # transposes both factors on the CPU, which costs more than the product.
-            inputs = inputs.reshape(-1, shape[-1])
-            out_sharding = None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
+        inputs, bias = self.promote_dtype((inputs, bias), dtype=self.dtype)
+        kernel, shape = self.factor(), inputs.shape
+        inputs, out_sharding = as_rows(inputs, out_sharding)
         if self.float8:
             y = float8_dot(inputs, kernel, out_sharding)
         else:
             last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
             y = jax.lax.dot_general(inputs, kernel, last_with_first, out_sharding=out_sharding)
         return (y if bias is None else y + bias).reshape(*shape[:-1], -1)
+
+
+def as_rows(inputs: jax.Array, out_sharding: PartitionSpec | None) -> tuple[jax.Array, PartitionSpec | None]:
+    """Return inputs [B, T, features] as one long list of rows, and the sharding of a product with them likewise.
+
+    The gradient of a kernel then sums over one axis. Over two of them, XLA transposes both factors on the CPU, which
+    costs more than the product. Rows that are cut along time stay apart.
+    """
+    if axis_size("time") > 1:
+        return inputs, out_sharding
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows, None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
 
 
 def linear(

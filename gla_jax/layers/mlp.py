@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from gla_jax.layers.linear import linear, linear_flops
-from gla_jax.layers.recompute import recomputed, recomputed_afresh
+from gla_jax.layers.float8 import float8_gated
+from gla_jax.layers.linear import as_rows, linear, linear_flops
+from gla_jax.layers.recompute import recomputed_afresh
 from gla_jax.parallel.sharding import out_sharding, share
 
 
@@ -51,9 +52,12 @@ class SwiGLU(nnx.Module):
         """Map x [B, T, D] to [B, T, D]."""
         wide = out_sharding("batch", "time", "mlp")
         x = share(x, "mlp", "batch", "time", None)
-        # In 8 bits, products get their scales in the next pass over them, from which a barrier would keep them.
-        gated = (recomputed if self.gate.float8 else recomputed_afresh)(_gated)
-        hidden = gated(self.gate(x, out_sharding=wide), self.up(x, out_sharding=wide))
+        if self.gate.float8:
+            rows, rows_sharding = as_rows(x.astype(self.gate.dtype), wide)
+            hidden = float8_gated(rows, self.gate.factor(), self.up.factor(), rows_sharding)
+            hidden = hidden.reshape(*x.shape[:-1], -1)
+        else:
+            hidden = recomputed_afresh(_gated)(self.gate(x, out_sharding=wide), self.up(x, out_sharding=wide))
         return self.down(hidden, out_sharding=out_sharding("batch", "time", "hidden"))
 
     def flops_per_token(self) -> float:

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from gla_jax.config import ConfigError, MeshConfig, ModelConfig, build
-from gla_jax.layers.float8 import GRADIENTS, VALUES, float8_dot, round_to
+from gla_jax.layers.float8 import GRADIENTS, VALUES, float8_dot, float8_gated, round_to
 from gla_jax.layers.linear import Linear
 from gla_jax.models.language_model import LanguageModel
 from gla_jax.parallel.mesh import make_mesh
@@ -57,6 +57,27 @@ def test_equals_the_product_of_the_rounded_factors():
         assert error(ours, exact) < most
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_a_gated_product_is_what_two_products_make(size):
+    # Where gates are large, swish is the identity or 0, and the bounds of its gradients hold only just.
+    x, gradient = random(0, (48, 64), size), random(3, (48, 80), 1e-6)
+    gate, up = random(1, (64, 80), 0.1), random(2, (64, 80), 0.1)
+
+    def gated(x, gate, up, dot=jnp.matmul):
+        return jax.nn.silu(dot(x, gate)) * dot(x, up)
+
+    with jax.enable_x64(True):
+        exact, pull = jax.vjp(gated, *(jnp.asarray(np.asarray(a, np.float64)) for a in (x, gate, up)))
+        exact = (exact, *pull(jnp.asarray(np.asarray(gradient, np.float64))))
+    y, pull = jax.vjp(float8_gated, x, gate, up)
+    got = (y, *pull(gradient))
+    y, pull = jax.vjp(lambda *a: gated(*a, dot=float8_dot), x, gate, up)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 4
+    for ours, theirs, wanted in zip(got, (y, *pull(gradient)), exact, strict=True):
+        assert error(ours, wanted) < min(0.16, 1.1 * error(theirs, wanted))
+        assert np.isfinite(np.asarray(ours, np.float32)).all()
+
+
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}])
 def test_is_the_same_on_a_mesh(mesh):
     x, kernel, gradient = random(0, (16, 64)), random(1, (64, 80), 0.02), random(2, (16, 80), 1e-6)
@@ -65,17 +86,23 @@ def test_is_the_same_on_a_mesh(mesh):
     def on_mesh(x, kernel, gradient):
         place = lambda x, *axes: jax.sharding.reshard(x, spec(*axes))
 
-        def multiply(x, kernel):
-            kernel = gather_weight(kernel, "embed", "mlp")
-            return float8_dot(share(x, "mlp", "batch", None), kernel, spec("batch", "mlp"))
+        def multiply(function, *kernels):
+            def run(x, *kernels):
+                kernels = (gather_weight(kernel, "embed", "mlp") for kernel in kernels)
+                return function(share(x, "mlp", "batch", None), *kernels, spec("batch", "mlp"))
 
-        y, pull = jax.vjp(multiply, place(x, "batch", None), place(kernel, "embed", "mlp"))
-        return y, *pull(place(gradient, "batch", "mlp"))
+            y, pull = jax.vjp(run, place(x, "batch", None), *(place(kernel, "embed", "mlp") for kernel in kernels))
+            return y, *pull(place(gradient, "batch", "mlp"))
 
-    y, pull = jax.vjp(float8_dot, x, kernel)
+        return *multiply(float8_dot, kernel), *multiply(float8_gated, kernel, -kernel)
+
+    def alone(function, *kernels):
+        y, pull = jax.vjp(function, x, *kernels)
+        return y, *pull(gradient)
+
     with jax.set_mesh(make_mesh(MeshConfig(**({"fsdp": 1} | mesh)))):
         got = on_mesh(x, kernel, gradient)
-    for ours, wanted in zip(got, (y, *pull(gradient)), strict=True):
+    for ours, wanted in zip(got, (*alone(float8_dot, kernel), *alone(float8_gated, kernel, -kernel)), strict=True):
         assert error(ours, wanted) < 4e-3  # sums in another order, in bfloat16
 
 
@@ -87,7 +114,7 @@ def test_a_model_multiplies_so_in_its_wide_maps_alone():
     assert plain == {"query", "key", "forget_gate_down", "forget_gate_up", "head"}  # K = 32, a rank of 16; the head
     text = str(jax.make_jaxpr(model)(jnp.zeros((1, 4), jnp.int32)))
     rounded = text.count("new_dtype=float8_e4m3fn")
-    assert rounded == 2 * 6  # both factors of value, output gate, output; gate, up, down
+    assert rounded == 2 * 6 - 1  # both factors of value, output gate, output; gate and up, which share one, and down
 
 
 def test_a_config_says_so():
