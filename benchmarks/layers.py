@@ -101,7 +101,7 @@ def measure_mixer(pipe: Any, mixer: str, lengths: Sequence[int], options: argpar
     graphdef, params = make_layer(config, mixer)
     shapes = [(options.tokens // length, length, config.hidden_size) for length in lengths]
     passes = {"forward": (forward(graphdef), 1), "forward_backward": (forward_backward(graphdef), 2)}
-    compiled = {}
+    compiled: dict[Any, concurrent.futures.Future[Any]] = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for shape in shapes:
             x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
