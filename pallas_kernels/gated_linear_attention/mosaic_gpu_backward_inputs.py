@@ -28,7 +28,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BEFORE,
@@ -63,6 +66,7 @@ _D_OUT, _V, _R, _DU = 0, 2, 4, 6
 _Q, _K = 0, 4
 _G, _M = 0, 4
 _A, _B = 0, 4
+_GROUPS, _APART = 4, 5800  # groups of clusters that begin apart, and by how many clocks; 3.3 us
 _TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
@@ -89,12 +93,36 @@ def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edg
     return _bounded(*arrays, redo=lambda results: backward_pairs(*arrays, exact, results, **options), **options)
 
 
+def begin_apart(cluster, at_once):
+    """Wait in the first clusters, which start together: each of `_GROUPS` of them some time after the one before.
+
+    A block first reads for about two thirds of its time and then computes and writes. Blocks that all do so at the same
+    time leave the memory idle in between.
+    """
+
+    @plgpu.inline_mgpu()
+    def spin(_):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [],
+            "{ .reg .pred p; .reg .u64 start, now; mov.u64 start, %clock64; "
+            "again_${:uid}: mov.u64 now, %clock64; sub.u64 now, now, start; "
+            f"setp.lt.u64 p, now, {_APART}; @p bra again_${{:uid}}; }}",
+            "",
+            has_side_effects=True,
+        )
+
+    times = jnp.where(cluster < at_once, lax.rem(cluster, _GROUPS), 0)
+    lax.fori_loop(0, times, lambda *_: spin(), None)
+
+
 def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, interpret):
     """Compute the gradients as if all chunks were bounded, and `redo` those that are not."""
     batch, time, heads, key_dim = q.shape
     value_dim, group = v.shape[-1], heads // k.shape[2]
     chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // (_SLABS * SLAB), value_dim // SLAB
     share = 2 if key_tiles % 2 == 0 and not interpret else 1  # blocks of a cluster
+    at_once = MULTIPROCESSORS // share  # clusters
     # the stages that follow that of the last value columns, `last`
     of_keys, of_gates, last = (i % _STAGES for i in (value_tiles, value_tiles + 1, value_tiles - 1))
     log_scale = math.log2(scale)
@@ -112,9 +140,11 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         kv_head = lax.div(head, group)
         tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
         channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
+        both = pl.ds(2 * pair * CHUNK, 2 * CHUNK)  # tokens of the pair
         each = [(s, c) for s in range(_SLABS) for c in range(2)]
-        at = lambda stage, first, s, c: stages_s.at[stage, first + 2 * s + c]
-        m_at = lambda index: stages_s.at[of_gates, _M + index]
+        tiles = lambda stage, first, count=1: stages_s.at[stage, pl.ds(first * CHUNK, count * CHUNK)]
+        at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
+        m_at = lambda index: tiles(of_gates, _M + index)
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
@@ -128,19 +158,17 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         def copy_values(j):
             slot, columns = lax.rem(j, _STAGES), pl.ds(j * SLAB, SLAB)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
-            for c in range(2):
-                d_out_source, v_source = d_out_ref.at[row, tokens(c), head], v_ref.at[row, tokens(c), kv_head]
-                copy(d_out_source.at[:, columns], stages_s.at[slot, _D_OUT + c], collective_axes=shared)
-                copy(v_source.at[:, columns], stages_s.at[slot, _V + c], collective_axes=shared)
-            for s in range(_SLABS):
-                copy(states_ref.at[row, head, pair, channels(s), columns], stages_s.at[slot, _R + s])
-                copy(d_states_ref.at[row, head, pair, channels(s), columns], stages_s.at[slot, _DU + s])
+            of_states = lambda ref: ref.at[row, head, pair, pl.ds(block * _SLABS * SLAB, _SLABS * SLAB), columns]
+            copy(d_out_ref.at[row, both, head].at[:, columns], tiles(slot, _D_OUT, 2), collective_axes=shared)
+            copy(v_ref.at[row, both, kv_head].at[:, columns], tiles(slot, _V, 2), collective_axes=shared)
+            copy(of_states(states_ref), tiles(slot, _R, _SLABS))
+            copy(of_states(d_states_ref), tiles(slot, _DU, _SLABS))
 
         def copy_keys():
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[of_keys])
-            for s, c in each:
-                copy(q_ref.at[row, tokens(c), head, channels(s)], at(of_keys, _Q, s, c))
-                copy(k_ref.at[row, tokens(c), kv_head, channels(s)], at(of_keys, _K, s, c))
+            for s in range(_SLABS):
+                copy(q_ref.at[row, both, head, channels(s)], tiles(of_keys, _Q + 2 * s, 2))
+                copy(k_ref.at[row, both, kv_head, channels(s)], tiles(of_keys, _K + 2 * s, 2))
 
         def copy_gates():
             for s, c in each:
@@ -160,7 +188,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             def accumulate(m, z, w):
                 def one(j, total):
                     slot = lax.rem(j, _STAGES)
-                    of = lambda index: stages_s.at[slot, index]
+                    of = lambda index: tiles(slot, index)
                     plgpu.barrier_wait(full.at[slot])
                     plgpu.wgmma(m, of(_D_OUT + c), of(_V + other).T)
                     plgpu.wgmma(z, of(_D_OUT + c), of(_R + s).T)
@@ -275,13 +303,16 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             dg = matmul((to_here_s.T, a_tile), (to_here_s.T, q_tile), (before_s, b_tile))
             constant = column(dot_s.at[s]) * from_start() * to_end() if at_edges else column(dot_s.at[s])
             put(dg + spread(between() * (constant + column(sums_s.at[s, c]))), g_tile, dg_ref)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             sync(done)  # no warpgroup leaves while another still issues matrix products
 
         @pl.when(warpgroup == 1)
         def _first():
+            if batch * heads * chunks // 2 >= 4 * at_once and not interpret:
+                begin_apart(row + batch * (head + heads * pair), at_once)
+            fill(0)
             copy_constants()
-            for j in range(_STAGES):
+            for j in range(1, _STAGES):
                 fill(j)
 
         for c in range(2):
@@ -301,7 +332,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         grid=(key_tiles // share, pl.cdiv(chunks, 2), heads, batch),
         grid_names=tuple("knhb"),
         scratch_types=[
-            tile(_STAGES, _TILES, CHUNK, SLAB),
+            tile(_STAGES, _TILES * CHUNK, SLAB),
             *(tile(CHUNK, CHUNK) for _ in range(3)),
             tile(8, CHUNK),
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
@@ -309,7 +340,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             plgpu.SMEM((_SLABS, 2, SLAB), F32),  # sums_s
             barrier(4),  # constants_full
             barrier(2 * _SLABS),  # gates_full
-            barrier(_TILES, _STAGES),  # full
+            barrier(_TILES // 2, _STAGES),  # full: a copy fills two tiles
             free,
             barrier(4),  # streamed
             barrier(4),  # gated

@@ -52,7 +52,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     zero_row,
 )
 
-_RUN = 8  # pairs that a thread block takes one after the other
+_RUN = 16  # pairs that a thread block takes one after the other
 _STAGES = 2  # of the value columns, 64 at a time, on their way to shared memory
 # Rows of the products of decays: b; b a_0 x_0; b a_1 y_1; all of these; x_0; y_1.
 _BETWEEN, _FROM_START, _TO_END, _ACROSS, _START, _END = range(6)
