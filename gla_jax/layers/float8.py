@@ -1,10 +1,12 @@
 """Matrix products of 8-bit floats, which tensor cores multiply twice as fast as bfloat16."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
@@ -43,26 +45,63 @@ def float8_dot(x: jax.Array, kernel: jax.Array, out_sharding: PartitionSpec | No
     Returns:
         The product in the dtype of x.
     """
-    return _dot((_Type(x.dtype, out_sharding), _type_of_gradient(x), _type_of_gradient(kernel)), x, kernel)
+    return float8_dots(x, (kernel,), out_sharding)[0]
+
+
+def float8_dots(
+    x: jax.Array, kernels: Sequence[jax.Array], out_sharding: PartitionSpec | None = None
+) -> tuple[jax.Array, ...]:
+    """Multiply x with each kernel as `float8_dot` does; what the products share is rounded and transposed once."""
+    types = _Type(x.dtype, out_sharding), _type_of_gradient(x), *map(_type_of_gradient, kernels)
+    return _dots(types, x, tuple(kernels))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(types: tuple[_Type, ...], x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _forward(types, x, kernel)[0]
+def _dots(types: tuple[_Type, ...], x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return _forward(types, x, kernels)[0]
 
 
-def _forward(types: tuple[_Type, ...], x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    kept = round_to(x, VALUES), round_to(kernel, VALUES)
-    return _multiply(*kept, ((x.ndim - 1,), (0,)), types[0]), kept
+def _forward(
+    types: tuple[_Type, ...], x: jax.Array, kernels: tuple[jax.Array, ...]
+) -> tuple[tuple[jax.Array, ...], Any]:
+    kept = round_to(x, VALUES), tuple(round_to(kernel, VALUES) for kernel in kernels)
+    return tuple(_multiply(kept[0], kernel, ((x.ndim - 1,), (0,)), types[0]) for kernel in kept[1]), kept
 
 
-def _backward(types: tuple[_Type, ...], kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = kept
-    rounded = round_to(gradient, GRADIENTS)
-    return _gradient_of_x(rounded, kernel, types[1]), _gradient_of_kernel(x, rounded, types[2])
+def _backward(
+    types: tuple[_Type, ...], kept: Any, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x, kernels = kept
+    return _gradients(types, x, kernels, [round_to(gradient, GRADIENTS) for gradient in gradients])
 
 
-_dot.defvjp(_forward, _backward)
+_dots.defvjp(_forward, _backward)
+
+
+def _gradients(
+    types: tuple[_Type, ...], x: Scaled, kernels: Sequence[Scaled], gradients: Sequence[Scaled]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return the gradients of x and of the kernels."""
+    last = gradients[0][0].ndim - 1
+    d_x = (
+        _multiply(gradient, kernel, ((last,), (1,)), types[1])
+        for gradient, kernel in zip(gradients, kernels, strict=True)
+    )
+    # Hopper multiplies 8-bit factors only with the axis that is summed over last. The compiler would transpose x anew
+    # for every product.
+    x, rows = (_features_first(x[0]), x[1]), tuple(range(1, last + 1))
+    d_kernels = tuple(
+        _multiply(x, (jnp.moveaxis(gradient, -1, 0), scale), (rows, rows), wanted)
+        for (gradient, scale), wanted in zip(gradients, types[2:], strict=True)
+    )
+    return functools.reduce(jnp.add, d_x), d_kernels
+
+
+def _features_first(x: jax.Array) -> jax.Array:
+    """Transpose x in memory, behind a barrier so that what made x need not write it twice."""
+    as_it_is = Layout(tuple(range(x.ndim)))
+    x = with_layout_constraint(jax.lax.optimization_barrier(x), as_it_is)
+    return with_layout_constraint(jnp.moveaxis(x, -1, 0), as_it_is)
 
 
 def float8_gated(x: jax.Array, gate: jax.Array, up: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
@@ -105,8 +144,8 @@ def _backward_gated(types: tuple[_Type, ...], kept: Any, gradient: jax.Array) ->
     d_gate, d_up = (
         round_to(d, GRADIENTS, bound) for d, bound in zip(pull(gradient.astype(jnp.float32)), bounds, strict=True)
     )
-    d_x = _gradient_of_x(d_gate, kernels[0], types[1]) + _gradient_of_x(d_up, kernels[1], types[1])
-    return d_x, _gradient_of_kernel(x, d_gate, types[2]), _gradient_of_kernel(x, d_up, types[3])
+    d_x, d_kernels = _gradients(types, x, kernels, (d_gate, d_up))
+    return d_x, *d_kernels
 
 
 _gated.defvjp(_forward_gated, _backward_gated)
@@ -116,18 +155,9 @@ def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate.astype(jnp.float32)) * up
 
 
-def _gradient_of_x(gradient: Scaled, kernel: Scaled, wanted: _Type) -> jax.Array:
-    return _multiply(gradient, kernel, ((gradient[0].ndim - 1,), (1,)), wanted)
-
-
-def _gradient_of_kernel(x: Scaled, gradient: Scaled, wanted: _Type) -> jax.Array:
-    rows = tuple(range(x[0].ndim - 1))
-    return _multiply(x, gradient, (rows, rows), wanted)
-
-
 def _multiply(a: Scaled, b: Scaled, summed: tuple[tuple[int, ...], tuple[int, ...]], wanted: _Type) -> jax.Array:
     """Sum over the given axes of two scaled arrays."""
-    left, right = jax.lax.optimization_barrier((a[0], b[0]))  # of no other product; see `one_input_each`
+    left, right = jax.lax.optimization_barrier((a[0], b[0]))  # of no other product; see `apply_each`
     y = jax.lax.dot_general(
         left, right, (summed, ((), ())), preferred_element_type=wanted.dtype, out_sharding=wanted.spec
     )

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from gla_jax.layers.float8 import float8_dot
+from gla_jax.layers.float8 import float8_dot, float8_dots
 from gla_jax.layers.recompute import recomputed
 from gla_jax.parallel.sharding import axis_size, gather_weight
 from pallas_kernels.target import target
@@ -90,17 +90,22 @@ def linear(
     )
 
 
-def one_input_each(x: jax.Array, *maps: Linear) -> tuple[jax.Array, ...]:
-    """Return x once for each map that will be applied to it, in the same order.
+def apply_each(x: jax.Array, *maps: Linear, out_sharding: PartitionSpec | None) -> tuple[jax.Array, ...]:
+    """Apply several maps to one input [B, T, features].
 
-    Of products with one factor in common, XLA for GPUs makes a single one if any is small, for which it copies the
-    weights together and the results apart again. Behind a barrier it does not know that the factor is the same.
-    Single tokens it may treat so: there, launches cost more than copies.
+    In 8 bits what the products share is rounded and transposed once. Else, of products with one factor in common, XLA
+    for GPUs makes a single one if any is small, for which it copies the weights together and the results apart again.
+    Behind a barrier it does not know that the factor is the same. Single tokens it may treat so: there, launches cost
+    more than copies.
     """
+    if all(m.float8 and m.bias is None for m in maps):
+        rows, rows_sharding = as_rows(x.astype(maps[0].dtype), out_sharding)
+        products = float8_dots(rows, [m.factor() for m in maps], rows_sharding)
+        return tuple(product.reshape(*x.shape[:-1], -1) for product in products)
     inputs = (x,) * len(maps)
-    if maps[0].float8 or x.shape[1] == 1 or target().platform != "gpu":
-        return inputs  # 8-bit factors are kept apart once x has been rounded, for all maps together
-    return jax.lax.optimization_barrier(inputs)
+    if x.shape[1] > 1 and target().platform == "gpu":
+        inputs = jax.lax.optimization_barrier(inputs)
+    return tuple(m(x, out_sharding=out_sharding) for m, x in zip(maps, inputs, strict=True))
 
 
 def linear_flops(*maps: nnx.Linear | None) -> float:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from gla_jax.config import ConfigError
 from gla_jax.layers.activation import ACTIVATIONS
 from gla_jax.layers.check import check_divides, check_one_of
-from gla_jax.layers.linear import linear, linear_flops, one_input_each
+from gla_jax.layers.linear import apply_each, linear, linear_flops
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.layers.recompute import recomputed
 from gla_jax.layers.rotary import continue_positions, rotate
@@ -179,8 +179,9 @@ class RecurrentAttention(nnx.Module):
         x = share(x, "heads", "batch", "time", None)
         wide = out_sharding("batch", "time", "heads")
         maps = {"query": self.query, "key": self.key, "value": self.value}
-        inputs = one_input_each(x, *maps.values())
-        projected = {name: maps[name](x, out_sharding=wide) for name, x in zip(maps, inputs, strict=True)}
+        if self.output_gate is not None:
+            maps["gate"] = self.output_gate
+        projected = dict(zip(maps, apply_each(x, *maps.values(), out_sharding=wide), strict=True))
         convolutions = {}
         for name, convolution in self.convolutions.items():
             past = None if state is None else state["convolutions"][name]
@@ -193,8 +194,7 @@ class RecurrentAttention(nnx.Module):
         query, key, value = heads(query, self.num_heads), heads(key, self.num_kv_heads), heads(value, self.num_kv_heads)
         out, state = self._recur(query, key, value, log_decay, state, segment_ids, positions)
 
-        gate = None if self.output_gate is None else self.output_gate(x, out_sharding=wide)
-        out = recomputed(self._gated_norm)(out, gate)
+        out = recomputed(self._gated_norm)(out, projected.get("gate"))
         y = self.output(out, out_sharding=out_sharding("batch", "time", "hidden"))
         return y, state | ({"convolutions": convolutions} if convolutions else {})
 
