@@ -77,8 +77,12 @@ def main():
         }
         best = {}
         for (*sizes, batch_heads, value_tile, cut), result in running.items():
-            forward, both = result.result()
             how = f"tile {value_tile}{', cut' if cut else ''}"
+            try:
+                forward, both = result.result()
+            except Exception as error:  # which costs this candidate only
+                print(f"{tuple(sizes)}, {batch_heads:3} rows x heads, {how:13} {type(error).__name__}: {error}"[:200])
+                continue
             print(f"{tuple(sizes)}, {batch_heads:3} rows x heads, {how:13} {forward:.3f} {both:.3f} ms", flush=True)
             places = best.setdefault(tuple(sizes), {})
             places[batch_heads] = min(places.get(batch_heads, (math.inf,)), (both, value_tile, cut))

@@ -1,4 +1,4 @@
-"""Draw what `kernels.py` measured, and print it as a table of Markdown.
+"""Draw what `kernels.py` measured, and print it as tables of Markdown.
 
     python benchmarks/kernels_plot.py benchmarks/kernels_h100.json --output=docs/kernels.png
 
@@ -28,21 +28,21 @@ def milliseconds(row: dict[str, Any], name: str, direction: str) -> float | None
     return row.get(name, {}).get(direction, {}).get("ms")
 
 
-def table(report: dict[str, Any]) -> str:
-    """Return a line for each shape: ours, its share of the floor, its memory, and how many times longer others took."""
-    others = [name for name in NAMES if name != "ours" and any(name in row for row in report["shapes"])]
-    head = [SHAPE]
-    for direction in DIRECTIONS.values():
-        head += [f"{direction}, ms", "share of floor", *(NAMES[name] for name in others)]
-    lines = [[*head, "peak, MiB"], ["---"] * (len(head) + 1)]
+def table(report: dict[str, Any], direction: str) -> str:
+    """Return a line for each shape: milliseconds, ours with its share of the floor, then MiB at the peak."""
+    names = [name for name in NAMES if any(milliseconds(row, name, direction) is not None for row in report["shapes"])]
+    peak = lambda row, name: row.get(name, {}).get(direction, {}).get("peak_MiB")
+    weighed = [name for name in names if any(peak(row, name) is not None for row in report["shapes"])]
+    head = [SHAPE, *(NAMES[name] for name in names), *(f"MiB: {NAMES[name]}" for name in weighed)]
+    head[1:2] = [f"{DIRECTIONS[direction]}: {head[1]}", "share of floor"]
+    lines = [head, ["---"] * len(head)]
     for row in report["shapes"]:
-        cells = [", ".join(map(str, row[SHAPE]))]
-        for direction in DIRECTIONS:
-            ours = row["ours"][direction]
-            cells += [f"**{ours['ms']:.3f}**", f"{ours['share_of_floor']:.0%}"]
-            times = (milliseconds(row, name, direction) for name in others)
-            cells += ["" if ms is None else f"{ms / ours['ms']:.1f}x" for ms in times]
-        lines.append([*cells, str(row["ours"]["forward_backward"]["peak_MiB"])])
+        times = [milliseconds(row, name, direction) for name in names]
+        best = min(ms for ms in times if ms is not None)
+        cells = ["" if ms is None else f"**{ms:.3f}**" if ms == best else f"{ms:.3f}" for ms in times]
+        cells.insert(1, f"{row['ours'][direction]['share_of_floor']:.0%}")
+        peaks = ["" if peak(row, name) is None else str(peak(row, name)) for name in weighed]
+        lines.append([", ".join(map(str, row[SHAPE])), *cells, *peaks])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -83,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report = json.loads(options.input.read_text())
     report["shapes"] = [row for row in report["shapes"] if milliseconds(row, "ours", "forward_backward") is not None]
-    print(table(report))
+    for direction in DIRECTIONS:
+        print(table(report, direction), end="\n\n")
     figure = plt.figure(figsize=(10, 4), layout="constrained")
     draw(report, figure)
     figure.savefig(options.output, dpi=140)
