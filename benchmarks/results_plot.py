@@ -1,10 +1,12 @@
-"""Draw the figures of docs/results.md: associative recall, and loss by position.
+"""Draw the figures of docs/results.md: associative recall, gates, and loss by position.
 
     python benchmarks/results_plot.py recall benchmarks/mqar_h100.jsonl --output=docs/mqar.png
+    python benchmarks/results_plot.py gates benchmarks/gates_h100.jsonl --output=docs/gates.png
     python benchmarks/results_plot.py position benchmarks/by_position_h100/*.jsonl --output=docs/by_position.png
 
-The files are what `python -m gla_jax.sweep` wrote for the first, and what `python -m gla_jax.evaluate --by-position`
-printed for the second, a file for each model, named by what its line is to be called. Needs the extra `plot`.
+The files are what `python -m gla_jax.sweep` wrote for the first two, and what `python -m gla_jax.evaluate
+--by-position` printed for the third, a file for each model, named by what its line is to be called. Needs the extra
+`plot`.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,6 +29,7 @@ MIXERS = {
     "retention": "RetNet",
     "mamba": "Mamba",
     "linear_attention": "linear attention",
+    "gla_convolution": "GLA, short convolution",
 }
 _PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 point; the text says attention has 100
     (256, "gla"): {64: 99, 128: 99, 256: 99, 512: 99},
@@ -34,6 +38,16 @@ _PAPER_MQAR = {  # arXiv 2312.06635, figure 4, read off the picture to about 1 p
     (512, "gla"): {64: 22, 128: 95, 256: 100, 512: 100},
     (512, "retention"): {64: 5, 128: 87, 256: 96, 512: 97},
     (512, "mamba"): {64: 81, 128: 100, 256: 100, 512: 100},
+}
+
+
+GATES = {  # of a point of configs/gates.py: its name, and nats above GLA with 4 heads in the paper's table 4
+    ("linear_attention", "none", 4): ("no gate", 0.452),
+    ("retention", "none", 4): ("constant for\neach head", 0.114),
+    ("linear_attention", "scalar", 4): ("a number\nfor each head", 0.052),
+    ("gla", "none", 8): ("GLA, 8 heads", 0.035),
+    ("gla", "none", 4): ("GLA, 4 heads", 0.0),
+    ("gla", "none", 1): ("GLA, 1 head", -0.011),
 }
 
 
@@ -47,7 +61,7 @@ def draw_recall(lines: Lines, figure: Any) -> None:
         for index, (mixer, name) in enumerate(MIXERS.items()):
             best: dict[int, float] = {}
             for line in here:
-                if line["point"]["model.mixer"] == mixer:
+                if mixer_of(line) == mixer:
                     size = line["point"]["model.hidden_size"]
                     best[size] = max(best.get(size, 0.0), 100 * best_accuracy(line))
             if best:
@@ -60,6 +74,26 @@ def draw_recall(lines: Lines, figure: Any) -> None:
         axes.minorticks_off()
     panels[0].set_ylabel("accuracy, %")
     panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+
+
+def draw_gates(lines: Lines, figure: Any) -> None:
+    """Training loss above that of GLA with 4 heads and the same seed, for each gate, and the paper's difference."""
+    figure.set_size_inches(7, 3.2)
+    axes = figure.subplots()
+    fields = ("model.mixer", "model.mixers.linear_attention.gate", "model.num_heads")
+    losses = {tuple(line["point"][field] for field in fields): line["evaluations"][-1]["loss"] for line in lines}
+    shown = [gate for gate in GATES if gate in losses]
+    for place, gate in enumerate(shown):
+        above = np.subtract(losses[gate], losses["gla", "none", 4])
+        label = None if place else "ours, a point for each seed"
+        axes.plot([place] * len(above), above, "o", color="C0", markersize=4, label=label)
+    axes.plot([GATES[gate][1] for gate in shown], "_", color="black", markersize=24, label="the paper's, 340M")
+    axes.set_xticks(range(len(shown)), [GATES[gate][0] for gate in shown], fontsize=8)
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_yticks([-0.1, -0.05, 0, 0.05, 0.1, 0.5, 1], ["-0.1", "-0.05", "0", "0.05", "0.1", "0.5", "1"])
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set_ylabel("nats per token above GLA")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def draw_position(models: dict[str, Lines], figure: Any) -> None:
@@ -76,6 +110,13 @@ def draw_position(models: dict[str, Lines], figure: Any) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def mixer_of(line: dict[str, Any]) -> str:
+    """Return whose line a point belongs to: its mixer, GLA with short convolutions apart from GLA without."""
+    mixer = line["point"]["model.mixer"]
+    convolved = mixer == "gla" and line["settings"].get("model.mixers.gla.use_short_conv")
+    return "gla_convolution" if convolved else mixer
+
+
 def best_accuracy(line: dict[str, Any]) -> float:
     """Return the highest accuracy that a point of a sweep came to."""
     return max(x for one in line["evaluations"] for x in one["eval/accuracy"] if x is not None)
@@ -84,7 +125,7 @@ def best_accuracy(line: dict[str, Any]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read lines of JSON, draw, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=("recall", "position"))
+    parser.add_argument("figure", choices=("recall", "gates", "position"))
     parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="lines of JSON")
     parser.add_argument("--output", required=True, type=Path, help="the picture; its ending chooses the format")
     options = parser.parse_args(arguments)
@@ -93,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.figure == "position":
         draw_position(files, figure)
     else:
-        draw_recall([line for lines in files.values() for line in lines], figure)
+        draw = {"recall": draw_recall, "gates": draw_gates}[options.figure]
+        draw([line for lines in files.values() for line in lines], figure)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.output, dpi=160)

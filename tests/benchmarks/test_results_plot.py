@@ -52,6 +52,25 @@ def test_recall_shows_the_best_of_all_evaluations_and_rates(tmp_path):
     assert long["attention"] == [[64, 50]]
 
 
+def test_recall_keeps_convolutions_apart(tmp_path):
+    plain, convolved = recall_line("gla", 64, 256, [[0.1]]), recall_line("gla", 64, 256, [[0.9]])
+    convolved["settings"]["model.mixers.gla.use_short_conv"] = True
+    (panel,) = drawn(tmp_path, "recall", points=[plain, convolved])
+    assert (panel["GLA"], panel["GLA, short convolution"]) == ([[64, 10]], [[64, 90]])
+
+
+def test_gates_are_shown_against_those_of_four_heads(tmp_path):
+    fields = "model.mixer", "model.mixers.linear_attention.gate", "model.num_heads"
+    line = lambda gate, losses: {
+        "point": dict(zip(fields, gate, strict=True)),
+        "evaluations": [{"loss": [9.0] * len(losses)}, {"loss": losses}],
+    }
+    lines = [line(("gla", "none", 4), [2.0, 1.0]), line(("retention", "none", 4), [2.5, 1.125])]
+    (panel,) = drawn(tmp_path, "gates", points=lines)
+    assert panel["ours, a point for each seed"] == [[0, 0.5], [0, 0.125]]
+    assert panel["the paper's, 340M"] == [[0, 0.114], [1, 0.0]]
+
+
 def test_position_has_a_line_for_each_file(tmp_path):
     (panel,) = drawn(tmp_path, "position", GLA=buckets(2.0, 1.5), attention=buckets(1.9, 4.0))
     assert panel == {"GLA": [[128, 2.0], [384, 1.5]], "attention": [[128, 1.9], [384, 4.0]]}
