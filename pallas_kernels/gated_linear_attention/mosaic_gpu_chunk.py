@@ -131,8 +131,11 @@ def load(ref):
 
 
 def turned(x, interpret):
-    """Return registers in the layout that `ref.T[...] = x` stores from; the interpreter has no layouts."""
-    return x if interpret else plgpu.layout_cast(x, TRANSPOSED)
+    """Return float32 registers in the layout that `ref.T[...] = x` stores to global memory from.
+
+    Bfloat16 goes to the transpose of a tile as it is: the copy from registers to shared memory transposes it.
+    """
+    return x if interpret else plgpu.layout_cast(x, TRANSPOSED)  # the interpreter has no layouts
 
 
 def load_state(ref):

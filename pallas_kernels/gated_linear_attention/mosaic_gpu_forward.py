@@ -246,7 +246,6 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
             set_registers(REGISTERS[warpgroups][2], interpret)
             w = warpgroup - 2
             mine = columns(w)
-            flip = lambda x: turned(x, interpret)
             join = lambda parts: jnp.concatenate(parts, axis=1) if slabs > 1 else parts[0]
 
             def scaled(state, s, p, index):
@@ -274,7 +273,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
 
                             @pl.when(lax.rem(n, every) == 0)
                             def _save_state(states_s=states_s, s=s, rounded=rounded):
-                                states_s.at[w, s].T[...] = flip(rounded)
+                                states_s.at[w, s].T[...] = rounded
                                 plgpu.commit_smem()
                                 target = states_ref.at[row, head, lax.div(n, every), slab(s), mine]
                                 plgpu.copy_smem_to_gmem(states_s.at[w, s], target)
@@ -287,7 +286,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 out = lax.optimization_barrier(pl.run_scoped(output, plgpu.ACC((VALUES, CHUNK), F32)))
                 plgpu.barrier_arrive(a_free)
                 plgpu.barrier_arrive(q_free.at[p])
-                out_s.at[w].T[...] = flip(out.astype(BF16))
+                out_s.at[w].T[...] = out.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
                 state = join([scaled(state, s, p, exact) for s in range(slabs)])
@@ -307,7 +306,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
             plgpu.barrier_wait(ready.at[chunks % 2])
             if final_ref is not None:
                 final = join([scaled(state, s, chunks % 2, 0) for s in range(slabs)])
-                final_ref.at[row, head, :, mine].T[...] = flip(final)
+                final_ref.at[row, head, :, mine].T[...] = turned(final, interpret)
             plgpu.wait_smem_to_gmem(0)
 
         # no warpgroup leaves while another still issues matrix products

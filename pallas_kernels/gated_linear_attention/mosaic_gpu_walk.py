@@ -99,7 +99,6 @@ def walk(
     if save:
         out_type.append(result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, write))
     reads, starts = read is not None, start is not None
-    flip = functools.partial(turned, interpret=interpret)
 
     def body(*all_refs):
         refs = list(all_refs)
@@ -163,7 +162,7 @@ def walk(
 
             def save_slab(rounded, n, s):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                states_s.at[w, s % 2].T[...] = flip(rounded)
+                states_s.at[w, s % 2].T[...] = rounded
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, 2), slab(s), mine])
 
@@ -192,7 +191,7 @@ def walk(
                 plgpu.barrier_wait(read_full.at[p])
                 out = lax.optimization_barrier(pl.run_scoped(products, plgpu.ACC((COLUMNS, CHUNK), F32)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s.at[w].T[...] = flip(out.astype(BF16))
+                out_s.at[w].T[...] = out.astype(BF16)
                 plgpu.commit_smem()  # after which all warps have read the tiles: a cluster's barrier waits for one only
                 plgpu.barrier_arrive(read_free.at[p])
                 plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
@@ -231,7 +230,7 @@ def walk(
                 state = load_turned_state(start_ref.at[row, part, head, :, mine], interpret)
             state = lax.fori_loop(0, steps, chunk, state)
             for s in range(slabs if ends else 0):
-                end_ref.at[row, part, head, slab(s), mine].T[...] = flip(of_slab(state, s))
+                end_ref.at[row, part, head, slab(s), mine].T[...] = turned(of_slab(state, s), interpret)
             plgpu.wait_smem_to_gmem(0)
 
         # no warpgroup leaves while another still multiplies, no block while another of its cluster copies to it
