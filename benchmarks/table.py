@@ -22,12 +22,11 @@ def training(rows: Sequence[Row]) -> list[str]:
     whole = []
     for row in rows:
         rate = {name: f"{value / 1e3:.1f}k" for name, value in row["tokens_per_second"].items()}
-        spread, share = f"{rate['least']} .. {rate['most']}", "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        share = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
         figures = [f"{row['step_ms']:.1f}", share, f"{row['memory_GiB']['program']:.1f}"]
-        whole.append(
-            [_name(row), row["shape"], str(row.get("documents", 1)), f"**{rate['median']}**", spread, *figures]
-        )
-    head = ["model", "rows x tokens", "documents a row", "tokens/s", "slowest .. fastest", "ms", "MFU", "memory, GiB"]
+        case = [_name(row), row["shape"], str(row.get("documents", 1))]
+        whole.append([*case, f"**{rate['median']}**", rate["least"], *figures])
+    head = ["model", "rows x tokens", "documents a row", "tokens/s", "slowest step", "ms", "MFU", "memory, GiB"]
     tables = [markdown(head, whole)]
     taken_apart = [row for row in rows if row["kernels"]]
     if taken_apart:

@@ -129,8 +129,10 @@ def measure(
         state = init_state(config, make_optimizer(config.optimizer, config.steps))
         batch = random_batch(config, documents)
         state, first_losses, _ = run_steps(step, state, batch, 3)
-        state, losses, times = run_steps(step, state, batch, steps + 2)
-        times = times[1:]  # what comes first also waits for the device to begin
+        state, losses, times = run_steps(step, state, batch, steps + 3)
+        # What comes first also waits for the device to begin. After the last no step is launched, which otherwise keeps
+        # the host for as long as the device's queue is full.
+        times = times[1:-1]
         with trace_folder(profile) as folder:
             with jax.profiler.trace(str(folder)):
                 state, _, _ = run_steps(step, state, batch, TRACED_STEPS)
