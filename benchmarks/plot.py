@@ -33,8 +33,9 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> dict[str, Lines]:
     for row in (row for row in rows if "error" not in row):
         if "shape" in row:
             rate, memory = row["tokens_per_second"]["median"], row["memory_GiB"]["program"]
-            panels["training, thousand tokens per second"][row["model"]].append((row["shape"], rate / 1e3))
-            panels["memory, GiB"][row["model"]].append((row["shape"], memory))
+            name = " ".join([row["model"], *row.get("set", [])])
+            panels["training, thousand tokens per second"][name].append((row["shape"], rate / 1e3))
+            panels["memory, GiB"][name].append((row["shape"], memory))
         elif "mixer" in row:
             for name in ("forward", "forward_backward"):
                 if "ms" in row[name]:
@@ -46,6 +47,9 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> dict[str, Lines]:
                 (str(row["context"]), row["tokens_per_second"]["median"])
             )
             panels["memory, GiB"][line].append((str(row["context"]), row["memory_GiB"]))
+    several = {name for lines in panels.values() for name, points in lines.items() if len(points) > 1}
+    if several:  # what was measured once only is no line, and may need another scale
+        panels = {title: {name: lines[name] for name in lines if name in several} for title, lines in panels.items()}
     return panels
 
 
@@ -65,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlabel(XLABELS[next(name for name in XLABELS if name in report["rows"][0])])
         axis.set_yscale("log" if title.startswith(("decoding", "forward")) else "linear")
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=0)
         axis.set_title(f"{title} ({report['device']})", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
