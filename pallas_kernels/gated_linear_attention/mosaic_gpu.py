@@ -114,7 +114,7 @@ def _attention_forward(query, key, value, decay, initial_state, scale, gated, en
     if _wide(query, sizes):
         out, final_state, *saved = wide_forward(*arrays, segments=sizes.segments, save=True, **options)
     else:
-        save = "states" if _sweeps(query, value, decay) else "scores"
+        save = 1 if _sweeps(query, value, decay) else 2
         out, final_state, *saved = forward(*arrays, value_tile=sizes.value_tile, save=save, **options)
     return (out, final_state), (query, key, value, decay, None if initial_state is None else (), saved)
 

@@ -46,7 +46,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
     Args:
         q, k, g: as in `forward`.
         d_out: [B, T, H, V] bfloat16.
-        exact, scores: what the forward saved.
+        exact, scores: what the forward saved; the scores of exact chunks are enough.
         d_final: [B, H, K, V] float32, or None for zeros.
         scale: of the query.
         value_tile: value columns of a thread block, 64 or 128.
@@ -59,7 +59,8 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = d_out.shape[-1], heads // k.shape[2], len(g)
-    chunks, slabs, stages = pl.cdiv(time, CHUNK), key_dim // SLAB, 2
+    chunks, slabs = pl.cdiv(time, CHUNK), key_dim // SLAB
+    stages = 3 if value_tile == 2 * SLAB and terms == 1 else 2  # one more where it fits and pays
     shape = (SLAB, value_tile)
 
     def body(q_ref, k_ref, d_out_ref, exact_ref, scores_ref, select_ref, triangles_ref, *all_refs):
@@ -72,7 +73,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
         (
             q_s, k_s, g_s, d_out_s, a_s, gated_q_s, gated_k_s, du_s, dv_s, select_s, triangles_s, exact_s,
             full, free, chunk_full, chunk_free, gated_ready, gated_free, du_ready, du_free, clamped,
-            select_ready, triangles_ready, done,
+            select_ready, triangles_ready, scores_ready, done,
         ) = refs  # fmt: skip
         value_index, head, row = lax.axis_index("v"), lax.axis_index("h"), lax.axis_index("b")
         warpgroup = lax.axis_index("warpgroup")
@@ -90,7 +91,6 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 plgpu.copy_gmem_to_smem(
                     d_out_ref.at[row, tokens(n), head, columns], d_out_s.at[even], chunk_full.at[even]
                 )
-                plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], a_s.at[even], chunk_full.at[even])
                 exact_s[even] = exact_ref[row, head, n]
                 plgpu.barrier_arrive(chunk_full.at[even])
 
@@ -154,9 +154,21 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                     plgpu.barrier_arrive(gated_ready.at[s])
 
                 lax.fori_loop(0, slabs, gates, None)
+
+                @pl.when(exact)
+                def _saved_scores():
+                    plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], a_s, scores_ready)
+                    plgpu.barrier_wait(scores_ready)
+
+                @pl.when(jnp.logical_not(exact))
+                def _scores():
+                    a = matmul(*((gated_q_s.at[s], gated_k_s.at[s].T) for s in range(slabs)))
+                    a_s[...] = jnp.where(load(triangles_s.at[1]) > 0, a, 0.0).astype(BF16)
+                    plgpu.commit_smem()
+
                 plgpu.barrier_wait(du_ready)
                 keys = ((gated_k_s.at[s], du_s.at[rows(s)]) for s in range(slabs))
-                dv = matmul((a_s.at[even].T, d_out_s.at[even]), *keys, shape=(CHUNK, value_tile))
+                dv = matmul((a_s.T, d_out_s.at[even]), *keys, shape=(CHUNK, value_tile))
                 plgpu.barrier_arrive(du_free)
                 plgpu.barrier_arrive(chunk_free.at[even])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -229,10 +241,10 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
         plgpu.barrier_wait(done)
 
     scratch = [tile(stages, CHUNK, SLAB)] * 2 + [tile(stages, terms, CHUNK, SLAB), tile(2, CHUNK, value_tile)]
-    scratch += [tile(2, CHUNK, CHUNK)] + [tile(slabs, CHUNK, SLAB)] * 2 + [tile(key_dim, value_tile)]
+    scratch += [tile(CHUNK, CHUNK)] + [tile(slabs, CHUNK, SLAB)] * 2 + [tile(key_dim, value_tile)]
     scratch += [tile(CHUNK, value_tile), tile(8, CHUNK), tile(3, CHUNK, CHUNK), plgpu.SMEM((2,), jnp.int32)]
-    scratch += [barrier(2 + terms, stages), barrier(2, stages), barrier(3, 2), barrier(2, 2)]
-    scratch += [barrier(1, slabs)] * 2 + [barrier(1)] * 2 + [barrier(2), barrier(1), barrier(3), barrier(3)]
+    scratch += [barrier(2 + terms, stages), barrier(2, stages), barrier(2, 2), barrier(2, 2)]
+    scratch += [barrier(1, slabs)] * 2 + [barrier(1)] * 2 + [barrier(2), barrier(1), barrier(3), barrier(1), barrier(3)]
     run = kernel(
         body,
         name="gla_backward_state",

@@ -63,14 +63,14 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         initial_state: [B, H, K, V] float32 or None.
         scale: of the query.
         value_tile: value columns of a thread block, 64 or 128.
-        save: what to return for the backward pass: None; "states"; "scores": them too. Those of exact chunks always.
+        save: return what the backward pass needs, with states of all chunks, 1, or of even ones, 2; None: nothing.
         ends: return the final state.
         interpret: run in the interpreter.
 
     Returns:
         out [B, T, H, V] bfloat16, final state [B, H, K, V] float32 or None, then if asked for:
-        states R [B, H, N, K, V] bfloat16 (with "scores", of even chunks only), exact [B, H, N] int32,
-        scores [B, H, N, C, C] bfloat16 (with "states", those of bounded chunks are not written).
+        states R [B, H, ceil(N / save), K, V] bfloat16, exact [B, H, N] int32, scores [B, H, N, C, C] bfloat16, of which
+        those of bounded chunks are not written.
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
@@ -78,14 +78,13 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
     if terms * slabs == 4 and save is not None:
         value_tile = VALUES  # two terms of the gate and states on their way out fill shared memory
     warpgroups = value_tile // VALUES
-    every = 2 if save == "scores" else 1  # which chunks' states are saved
 
     out_type = [result((batch, time, heads, value_dim), BF16, q)]
     if ends:
         out_type.append(result((batch, heads, key_dim, value_dim), F32, q))
     if save is not None:
         out_type += [
-            result((batch, heads, pl.cdiv(chunks, every), key_dim, value_dim), BF16, q),
+            result((batch, heads, pl.cdiv(chunks, save), key_dim, value_dim), BF16, q),
             result((batch, heads, chunks), jnp.int32, q),
             result((batch, heads, chunks, CHUNK, CHUNK), BF16, q),
         ]
@@ -160,7 +159,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 @pl.when(block == 0)
                 def _save_scores():
                     exact_ref[row, head, n] = jnp.int32(exact)
-                    if save == "scores" or exact:
+                    if exact:
                         plgpu.copy_smem_to_gmem(a_s, scores_ref.at[row, head, n])
 
             def bounded(loop):
@@ -271,11 +270,11 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                         plgpu.wgmma_wait(0)  # for the registers of the operand
                         for states_s in state_tiles:
 
-                            @pl.when(lax.rem(n, every) == 0)
+                            @pl.when(lax.rem(n, save) == 0)
                             def _save_state(states_s=states_s, s=s, rounded=rounded):
                                 states_s.at[w, s].T[...] = rounded
                                 plgpu.commit_smem()
-                                target = states_ref.at[row, head, lax.div(n, every), slab(s), mine]
+                                target = states_ref.at[row, head, lax.div(n, save), slab(s), mine]
                                 plgpu.copy_smem_to_gmem(states_s.at[w, s], target)
 
                     plgpu.barrier_wait(v_full.at[p])
