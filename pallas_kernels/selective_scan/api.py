@@ -54,8 +54,7 @@ def selective_scan(
         h_t = exp(delta_t A_d) h_{t-1} + delta_t x_t B_t,        y_t = (C_t h_t + D_d x_t) silu(gate_t):
 
     A is discretised exactly, B by Euler's rule, as in the authors' code. With a `delta_bias` the step size is not delta
-    but softplus(delta + delta_bias). The state is kept in float32. The Hopper kernels read sums of bfloat16 calls off
-    it in TF32, whose error is below that of rounding y to bfloat16; all else is float32 arithmetic.
+    but softplus(delta + delta_bias). The state is kept in float32, and all arithmetic is float32.
 
     Differentiable in x, delta, A, B, C, D, gate, delta_bias and initial_state, through both results. Two halves of a
     row with the state handed over equal the whole row. On padding, a step size of 0 leaves the state untouched. The

@@ -68,7 +68,6 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
     """
     batch, time, channels = x.shape
     chunks, blocks, groups = time // CHUNK, channels // WIDTH, CHUNK // _GROUP
-    exact = interpret or x.dtype == F32
     by_token = {"x": x, "delta": delta, "gate": gate, "d_y": d_y}
     tiles = {name: by_warp(array) for name, array in by_token.items() if array is not None}
     of_channel = {"D": D, "delta_bias": delta_bias}
@@ -169,12 +168,12 @@ def backward(x, delta, A, B, C, D, gate, delta_bias, starts, states, d_y, d_fina
                         following = operands(t - 1)
                     d_state = d_state + along_states(wanted) * along_channels(C_t)
                     writes, reads = d_state * along_states(written), after * along_states(wanted)
-                    d_written = read(d_state, B_t, exact=exact)
-                    y = None if gate is None else read(after, C_t, exact=exact)
+                    d_written = read(d_state, B_t, interpret=interpret)
+                    y = None if gate is None else read(after, C_t, interpret=interpret)
                     d_state = d_state * decay
                     d_log_decay = d_state * before
                     d_A = d_A + d_log_decay * along_states(size)
-                    d_log2_decay = read_each(d_log_decay, A_log2, exact=exact)
+                    d_log2_decay = read_each(d_log_decay, A_log2, interpret=interpret)
                     sum_channels(smem["sums"].at[:, t], writes, reads, interpret=interpret)
                     store(smem["written"].at[t], d_written)
                     store(smem["wanted"].at[t], d_log2_decay)

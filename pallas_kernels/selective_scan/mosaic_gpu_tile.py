@@ -19,7 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, vector
+from jaxlib.mlir.dialects import arith, memref, vector
 
 from pallas_kernels.dispatch import vary_alike
 
@@ -37,6 +37,8 @@ LOG2_E = math.log2(math.e)
 # [4, LANES, STATES]: warps, 8 groups of lanes, 4 lanes of a group.
 STATE = plgpu.Layout.TILED(Tiling(((4, LANES, STATES), (PER_THREAD, 4))), (-5,), (-4, -3), -1)
 OF_CHANNEL, OF_STATE = STATE.reduce(2), STATE.reduce((0, 1))
+# [4, LANES]: one channel a thread.
+OF_LANE = plgpu.Layout.TILED(Tiling(((4, LANES), (1,))), (-3,), (-2,), -1)
 # [SLICE, 4, LANES]: 4 neighbouring channels of one token a thread.
 TOKENS = plgpu.Layout.TILED(Tiling(((SLICE, 4, LANES), (4,))), (-4,), (-3, -2), -1)
 
@@ -156,19 +158,17 @@ def softplus(x):
 
 # Sums over lanes ------------------------------------------------------------------------------------------------------
 #
-# Over the 4 lanes that share a channel tensor cores sum for next to nothing: in a product of TF32 operands with float32
-# sums, m16n8k8, the rows of the left operand are groups of 4 lanes, and what the lanes of a group hold are its columns.
-# `exact` asks for shuffles and float32 instead.
+# Each exchange between lanes halves the sums that a lane still works on, so few are needed where many sums are wanted.
 
 
-def read(state, row, *, exact):
+def read(state, row, *, interpret):
     """Return sum_n state[.., n] row[n], a value a channel."""
-    return jnp.sum(state * along_channels(row), axis=2) if exact else _read(state, row)
+    return jnp.sum(state * along_channels(row), axis=2) if interpret else _read(state, row)
 
 
-def read_each(state, weights, *, exact):
+def read_each(state, weights, *, interpret):
     """Return sum_n state[.., n] weights[.., n], a value a channel."""
-    return jnp.sum(state * weights, axis=2) if exact else _read_each(state, weights)
+    return jnp.sum(state * weights, axis=2) if interpret else _read_each(state, weights)
 
 
 def sum_channels(ref, first, second, *, interpret):
@@ -179,19 +179,11 @@ def sum_channels(ref, first, second, *, interpret):
         _sum_channels(ref, first, second)
 
 
-_A_CHANNEL = plgpu.ShapeDtypeStruct((4, LANES), jnp.dtype(F32), layout=OF_CHANNEL)
+_A_CHANNEL = plgpu.ShapeDtypeStruct((4, LANES), jnp.dtype(F32), layout=OF_LANE)
 
 
 def _i32(value):
     return mgpu.c(value, ir.IntegerType.get_signless(32))
-
-
-def _f32(value):
-    return mgpu.c(value, ir.F32Type.get())
-
-
-def _bits(value):
-    return arith.bitcast(ir.IntegerType.get_signless(32), value)
 
 
 def _add(a, b):
@@ -209,27 +201,31 @@ def _elements(registers):
     return [[extract(x, i) for i in range(ir.VectorType(x.type).shape[0])] for x in registers.flat]
 
 
-def _product(a, b, sums):
-    """Add to sums [4] a product of a [4] and b [2], bits of float32 that are read as TF32."""
-    f32 = ir.F32Type.get()
-    results = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * 4),
-        [*a, *b, *sums],
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-    )
-    return [llvm.extractvalue(f32, results, [i]) for i in range(4)]
+def _bit_of_thread(bit):
+    bits = arith.andi(mgpu.utils.thread_idx(), _i32(2**bit))
+    return arith.cmpi(arith.CmpIPredicate.ne, bits, _i32(0))
 
 
-def _pairs_of_channels(columns, row):
-    """Multiply columns [PER_THREAD][K] with row [K], two channels and two columns at a time."""
+def _sum_over_lanes(sums, bit):
+    """Add what the lane across holds to half of the sums, the upper half where the lane's bit is set; return those."""
+    upper = _bit_of_thread(bit)
+    halves = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
+    keep = [arith.select(upper, high, low) for low, high in halves]
+    give = [arith.select(upper, low, high) for low, high in halves]
+    return [_add(mine, mgpu.utils.shfl_bfly(x, 2**bit)) for mine, x in zip(keep, give, strict=True)]
+
+
+def _sum_products(channels, weights):
+    """Sum the products of a thread's numbers, and over the 4 lanes that share channels: a channel for each of them."""
     sums = []
-    for i in range(0, PER_THREAD, 2):
-        pair, total = columns[i : i + 2], [_f32(0.0)] * 4
-        for k in range(0, len(row), 2):
-            total = _product([pair[0][k], pair[1][k], pair[0][k + 1], pair[1][k + 1]], row[k : k + 2], total)
-        sums += [total[0], total[2]]  # the others are the same: all columns of the right operand are
-    layout = OF_CHANNEL.to_mgpu()
+    for x, w in zip(channels, weights, strict=True):
+        total = _multiply(x[0], w[0])
+        for a, b in zip(x[1:], w[1:], strict=True):
+            total = _add(total, _multiply(a, b))
+        sums.append(total)
+    for bit in (1, 0):
+        sums = _sum_over_lanes(sums, bit)
+    layout = OF_LANE.to_mgpu()
     registers = np.empty(layout.registers_shape((4, LANES)), dtype=object)
     registers.flat[:] = [vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), x) for x in sums]
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
@@ -237,24 +233,18 @@ def _pairs_of_channels(columns, row):
 
 @plgpu.inline_mgpu(arg_types=(STATE, OF_STATE), return_type=_A_CHANNEL)
 def _read(_, state, row):
-    columns = [[_bits(x) for x in channel] for channel in _elements(state.registers)]
-    return _pairs_of_channels(columns, [_bits(x) for part in _elements(row.registers) for x in part])
+    weights = [x for part in _elements(row.registers) for x in part]
+    return _sum_products(_elements(state.registers), [weights] * PER_THREAD)
 
 
 @plgpu.inline_mgpu(arg_types=(STATE, STATE), return_type=_A_CHANNEL)
 def _read_each(_, state, weights):
-    columns = []
-    for x, w in zip(_elements(state.registers), _elements(weights.registers), strict=True):
-        products = [_multiply(a, b) for a, b in zip(x, w, strict=True)]
-        columns.append([_bits(_add(products[k], products[k + 1])) for k in (0, 2)])
-    return _pairs_of_channels(columns, [_bits(_f32(1.0))] * 2)
+    return _sum_products(_elements(state.registers), _elements(weights.registers))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), STATE, STATE))
 def _sum_channels(_, ref, first, second):
-    """Sum over a thread's channels, then over 8 lanes: each exchange halves the sums that a lane still works on."""
-    thread = mgpu.utils.thread_idx()
-    bits = lambda start, count: arith.andi(arith.shrui(thread, _i32(start)), _i32(2**count - 1))
+    """Sum over a thread's channels, then over the 8 lanes that have the same numbers of the state."""
     sums = []
     for array in (first, second):
         total, *others = array.registers.flat
@@ -262,11 +252,9 @@ def _sum_channels(_, ref, first, second):
             total = _add(total, x)
         sums += _elements(np.asarray([total], dtype=object))[0]
     for bit in (4, 3, 2):
-        upper = arith.cmpi(arith.CmpIPredicate.ne, bits(bit, 1), _i32(0))
-        halves = list(zip(sums[: len(sums) // 2], sums[len(sums) // 2 :], strict=True))
-        keep = [arith.select(upper, high, low) for low, high in halves]
-        give = [arith.select(upper, low, high) for low, high in halves]
-        sums = [_add(mine, mgpu.utils.shfl_bfly(x, 2**bit)) for mine, x in zip(keep, give, strict=True)]
+        sums = _sum_over_lanes(sums, bit)
+    thread = mgpu.utils.thread_idx()
+    bits = lambda start, count: arith.andi(arith.shrui(thread, _i32(start)), _i32(2**count - 1))
     state = arith.addi(arith.muli(bits(0, 2), _i32(4)), bits(2, 2))
     place = [arith.index_cast(ir.IndexType.get(), x) for x in (bits(5, 2), bits(4, 1), state)]
     memref.store(sums[0], ref, place)
