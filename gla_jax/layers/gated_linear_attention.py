@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gla_jax.config import ConfigError
@@ -20,6 +21,9 @@ class GatedLinearAttentionOptions(RecurrentAttentionOptions):
 
     gate_logit_normalizer: float = 16.0
     """The forget gate is sigmoid(z) to the power of 1/this."""
+    longest_half_life: float | None = None
+    """Tokens in which the channels of a new layer forget half of their state, where x says nothing: in each head from 1
+    to this many, evenly in logarithms. None: `gate_logit_normalizer` tokens in all, as in the paper."""
     gate_low_rank_dim: int = 16
     """Rank of the map from x to the forget gate's logits z."""
     clamp_min: float | None = None
@@ -39,6 +43,11 @@ class GatedLinearAttention(RecurrentAttention):
         rank = self.options.gate_low_rank_dim
         self.forget_gate_down = weights(hidden_size, rank, ("embed", None))
         self.forget_gate_up = weights(rank, self.num_kv_heads * self.key_size, (None, "heads"), use_bias=True)
+        if self.options.longest_half_life is not None:
+            half_lives = np.geomspace(1, self.options.longest_half_life, self.key_size)
+            decay = self.options.gate_logit_normalizer * np.log(2) / half_lives  # -log sigmoid(bias)
+            bias = np.tile(-decay - np.log(-np.expm1(-decay)), self.num_kv_heads)
+            self.forget_gate_up.bias[...] = jnp.asarray(bias, self.forget_gate_up.bias.dtype)
 
     def _forget_gate(self, x: jax.Array) -> jax.Array:
         """Return g [B, T, H_kv, K] in the compute dtype."""
@@ -65,5 +74,9 @@ class GatedLinearAttention(RecurrentAttention):
             raise ConfigError(f"{cls.section}.gate_low_rank_dim={options.gate_low_rank_dim} must be at least 1.")
         if options.gate_logit_normalizer <= 0:
             raise ConfigError(f"{cls.section}.gate_logit_normalizer={options.gate_logit_normalizer} must be above 0.")
+        if options.longest_half_life is not None and options.longest_half_life < 1:
+            raise ConfigError(
+                f"{cls.section}.longest_half_life={options.longest_half_life} must be at least 1, the shortest."
+            )
         if options.clamp_min is not None and options.clamp_min > 0:
             raise ConfigError(f"{cls.section}.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm.")
