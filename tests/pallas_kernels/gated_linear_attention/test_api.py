@@ -1,5 +1,6 @@
 """The door to the op: what it refuses and with which words, and which implementation it takes."""
 
+import contextlib
 import logging
 import types
 
@@ -149,6 +150,22 @@ def test_takes_numpy_arrays_and_python_numbers():
 def test_the_default_scale_is_that_of_attention():
     expected, _ = gated_linear_attention(**arguments(scale=K**-0.5))
     np.testing.assert_array_equal(gated_linear_attention(**arguments())[0], expected)
+
+
+@pytest.mark.parametrize("over_a_mesh", [False, True])
+def test_leaves_out_the_final_state(over_a_mesh):
+    def results(arrays, **options):
+        return gated_linear_attention(**arrays, implementation="chunked", **options)
+
+    arrays = arguments()
+    expected, _ = results(arrays)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh) if over_a_mesh else contextlib.nullcontext():
+        if over_a_mesh:
+            arrays = {name: jax.sharding.reshard(x, jax.P("data")) for name, x in arrays.items()}
+        out, state = results(arrays, output_final_state=False)
+    assert state is None
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_a_named_implementation_that_cannot_serve_says_why():
