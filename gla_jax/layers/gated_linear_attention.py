@@ -43,11 +43,11 @@ class GatedLinearAttention(RecurrentAttention):
         rank = self.options.gate_low_rank_dim
         self.forget_gate_down = weights(hidden_size, rank, ("embed", None))
         self.forget_gate_up = weights(rank, self.num_kv_heads * self.key_size, (None, "heads"), use_bias=True)
-        if self.options.longest_half_life is not None:
+        bias = self.forget_gate_up.bias
+        if self.options.longest_half_life is not None and bias is not None:
             half_lives = np.geomspace(1, self.options.longest_half_life, self.key_size)
             decay = self.options.gate_logit_normalizer * np.log(2) / half_lives  # -log sigmoid(bias)
-            bias = np.tile(-decay - np.log(-np.expm1(-decay)), self.num_kv_heads)
-            self.forget_gate_up.bias[...] = jnp.asarray(bias, self.forget_gate_up.bias.dtype)
+            bias[...] = jnp.asarray(np.tile(-decay - np.log(-np.expm1(-decay)), self.num_kv_heads), bias.dtype)
 
     def _forget_gate(self, x: jax.Array) -> jax.Array:
         """Return g [B, T, H_kv, K] in the compute dtype."""
