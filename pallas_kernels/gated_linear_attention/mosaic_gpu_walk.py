@@ -91,7 +91,6 @@ def walk(
         value_tile = 2 * COLUMNS if value_dim % (2 * COLUMNS) == 0 and fills else COLUMNS
     consumers, tiles = value_tile // COLUMNS, value_dim // value_tile
     blocks = 2 if tiles % 2 == 0 else 1  # of a cluster
-    widths = [pl.ds(first, min(2 * SLAB, key_dim - first)) for first in range(0, key_dim, 2 * SLAB)]
 
     out_type = [] if read is None else [result((batch, time, heads, value_dim), BF16, write)]
     if ends:
@@ -106,7 +105,7 @@ def walk(
         read_ref, scores_ref = take(2, reads)
         write_ref, x_ref, decay_ref = take(3)
         (start_ref,), (out_ref,), (end_ref,), (states_ref,) = (take(1, x) for x in (starts, reads, ends, save))
-        write_s, x_s, decay_s, write_full, write_free, x_full, x_free, done = take(8)
+        write_s, x_s, decay_s, write_full, write_free, done = take(6)
         read_s, scores_s, out_s, read_full, read_free = take(5, reads)
         (states_s,) = take(1, save)
 
@@ -132,12 +131,10 @@ def walk(
                     when_free(read_free.at[p])
                     plgpu.copy_gmem_to_smem(read_ref.at[row, tokens(n), head], read_s.at[p], read_full.at[p], **shared)
                     plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], scores_s.at[p], read_full.at[p], **shared)
-                for w in range(consumers):
-                    j = p * consumers + w
-                    when_free(x_free.at[j])
-                    source = x_ref.at[row, tokens(n), lax.div(head, group), columns(w)]
-                    plgpu.copy_gmem_to_smem(source, x_s.at[j], x_full.at[j])
                 when_free(write_free.at[p])
+                for w in range(consumers):
+                    source = x_ref.at[row, tokens(n), lax.div(head, group), columns(w)]
+                    plgpu.copy_gmem_to_smem(source, x_s.at[p, w], write_full.at[p])
                 plgpu.copy_gmem_to_smem(write_ref.at[row, tokens(n), head], write_s.at[p], write_full.at[p], **shared)
                 plgpu.copy_gmem_to_smem(decay_ref.at[row, head, n], decay_s.at[p], write_full.at[p], **shared)
 
@@ -146,8 +143,6 @@ def walk(
             def drain(i, _):
                 p = lax.rem(i, STAGES)
                 plgpu.barrier_wait(write_free.at[p])
-                for w in range(consumers):
-                    plgpu.barrier_wait(x_free.at[p * consumers + w])
                 if reads:
                     plgpu.barrier_wait(read_free.at[p])
 
@@ -166,7 +161,7 @@ def walk(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, 2), slab(s), mine])
 
-            def put_out(state, p, j, n):
+            def put_out(state, p, n):
                 """Write the chunk's output, and the state if it is one of those to keep."""
                 keep = jnp.logical_or(lax.rem(n, 2) == 1, n == chunks - 1) if reverse else lax.rem(n, 2) == 0
 
@@ -184,8 +179,8 @@ def walk(
                             pl.when(keep)(functools.partial(save_slab, rounded, n, s))
                             if not interpret:
                                 plgpu.wgmma_wait(0)  # or all rounded slabs would need registers at once
-                    plgpu.barrier_wait(x_full.at[j])
-                    plgpu.wgmma(accumulator, x_s.at[j].T, scores_s.at[p] if reverse else scores_s.at[p].T)
+                    plgpu.barrier_wait(write_full.at[p])
+                    plgpu.wgmma(accumulator, x_s.at[p, w].T, scores_s.at[p] if reverse else scores_s.at[p].T)
                     return accumulator[...]
 
                 plgpu.barrier_wait(read_full.at[p])
@@ -198,30 +193,22 @@ def walk(
 
             def chunk(i, state):
                 p, n = lax.rem(i, STAGES), number(i)
-                j = p * consumers + w
                 if reads:
-                    put_out(state, p, j, n)
+                    put_out(state, p, n)
                 else:
-                    plgpu.barrier_wait(x_full.at[j])
-                plgpu.barrier_wait(write_full.at[p])
+                    plgpu.barrier_wait(write_full.at[p])
                 decayed = []
                 for s in range(slabs):
                     factor = plgpu.load(decay_s.at[p, slab(s)], layout=COL, optimized=False)
                     decayed.append(of_slab(state, s) * lax.broadcast_in_dim(factor, (COLUMNS, SLAB), [1]))
                 state = jnp.concatenate(decayed, axis=1)
                 if interpret:  # which has no accumulators that start from a value
-                    state = state + matmul((x_s.at[j].T, write_s.at[p]), shape=(COLUMNS, key_dim))
+                    state = state + matmul((x_s.at[p, w].T, write_s.at[p]), shape=(COLUMNS, key_dim))
                 else:
-
-                    def update(accumulators):
-                        for width, accumulator in zip(widths, accumulators, strict=True):
-                            plgpu.wgmma(accumulator, x_s.at[j].T, write_s.at[p, :, width])
-
-                    parts = tuple(plgpu.ACC.init(state[:, d.start : d.start + d.size]) for d in widths)
-                    state = jnp.concatenate(lax.optimization_barrier(pl.run_state(update)(parts)), axis=1)
+                    update = lambda accumulator: plgpu.wgmma(accumulator, x_s.at[p, w].T, write_s.at[p])
+                    state = lax.optimization_barrier(pl.run_state(update)(plgpu.ACC.init(state)))
                 plgpu.commit_smem()  # as above
                 plgpu.barrier_arrive(write_free.at[p])
-                plgpu.barrier_arrive(x_free.at[j])
                 return state
 
             if not starts:
@@ -244,12 +231,10 @@ def walk(
 
     scratch = [
         tile(STAGES, CHUNK, key_dim),
-        tile(STAGES * consumers, CHUNK, COLUMNS),
+        tile(STAGES, consumers, CHUNK, COLUMNS),
         plgpu.SMEM((STAGES, key_dim), F32),
-        barrier(2, STAGES),  # write_full
+        barrier(2 + consumers, STAGES),  # write_full
         of_cluster(consumers, STAGES),  # write_free
-        barrier(1, STAGES * consumers),  # x_full
-        barrier(1, STAGES * consumers),  # x_free
         of_cluster(1 + consumers),  # done
     ]
     if reads:
