@@ -55,6 +55,7 @@ def walk(
     *,
     reverse=False,
     save=False,
+    every=2,
     ends=True,
     segment=None,
     value_tile=None,
@@ -71,15 +72,16 @@ def walk(
         start: [B, segments, H, K, V] float32, the states before the segments, or None for zeros.
         reverse: walk from the last chunk to the first, with A^T.
         save: return what the backward pass needs of the states.
+        every: of how many chunks one state is saved, 2 or 4.
         ends: return the states after the segments.
-        segment: chunks of a segment, an even number; None: the whole row.
+        segment: chunks of a segment, a multiple of `every`; None: the whole row.
         value_tile: value columns of a thread block, 64 or 128; None: what fills the chip.
         interpret: run in the interpreter.
 
     Returns:
         If there is a `read` the output [B, T, H, V] bfloat16; with `ends` the states after the segments [B, segments,
-        H, K, V] float32; with `save` the states S before even chunks or, in reverse, before the odd ones and the last,
-        in bfloat16, [B, H, ceil(N / 2), K, V].
+        H, K, V] float32; with `save` the states S before chunks 0, every, 2 every... or, in reverse, after chunks
+        every - 1, 2 every - 1... and the last, in bfloat16, [B, H, ceil(N / every), K, V].
     """
     batch, time, heads, key_dim = write.shape
     value_dim, group = x.shape[-1], heads // x.shape[2]
@@ -96,7 +98,7 @@ def walk(
     if ends:
         out_type.append(result((batch, segments, heads, key_dim, value_dim), F32, write))
     if save:
-        out_type.append(result((batch, heads, pl.cdiv(chunks, 2), key_dim, value_dim), BF16, write))
+        out_type.append(result((batch, heads, pl.cdiv(chunks, every), key_dim, value_dim), BF16, write))
     reads, starts = read is not None, start is not None
 
     def body(*all_refs):
@@ -159,11 +161,12 @@ def walk(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 states_s.at[w, s % 2].T[...] = rounded
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, 2), slab(s), mine])
+                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, every), slab(s), mine])
 
             def put_out(state, p, n):
                 """Write the chunk's output, and the state if it is one of those to keep."""
-                keep = jnp.logical_or(lax.rem(n, 2) == 1, n == chunks - 1) if reverse else lax.rem(n, 2) == 0
+                last = jnp.logical_or(lax.rem(n, every) == every - 1, n == chunks - 1)
+                keep = last if reverse else lax.rem(n, every) == 0
 
                 def products(accumulator):
                     for s in range(slabs):
