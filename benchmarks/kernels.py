@@ -280,9 +280,12 @@ def wait_until_ready(jobs, patience):
         left = began + patience - time.monotonic()
         ready = multiprocessing.connection.wait(list(waiting), max(left, 0.0))
         for pipe in (pipe for pipe in waiting.copy() if pipe in ready):
-            with contextlib.suppress(EOFError, OSError):  # of one that has died, which `ask` finds out
-                pipe.recv()
-            print(f"{time.monotonic() - began:4.0f} s: {waiting.pop(pipe)} ready, {len(waiting)} to come", flush=True)
+            name = waiting.pop(pipe)
+            try:
+                state = pipe.recv()
+            except (EOFError, OSError):  # which `ask` finds out as well
+                state = "died"
+            print(f"{time.monotonic() - began:4.0f} s: {name} {state}, {len(waiting)} to come", flush=True)
         if not ready:
             for name in waiting.values():
                 print(f"{name} not ready in {patience:.0f} s: left out", flush=True)
