@@ -73,7 +73,8 @@ def draw_recall(lines: Lines, figure: Any) -> None:
         axes.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
         axes.minorticks_off()
     panels[0].set_ylabel("accuracy, %")
-    panels[0].legend(frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+    named = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
+    panels[0].legend(named.values(), named, frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
 
 
 def draw_gates(lines: Lines, figure: Any) -> None:
@@ -89,6 +90,7 @@ def draw_gates(lines: Lines, figure: Any) -> None:
         axes.plot([place] * len(above), above, "o", color="C0", markersize=4, label=label)
     axes.plot([GATES[gate][1] for gate in shown], "_", color="black", markersize=24, label="the paper's, 340M")
     axes.set_xticks(range(len(shown)), [GATES[gate][0] for gate in shown], fontsize=8)
+    axes.set_xlim(-0.6, len(shown) - 0.4)
     axes.set_yscale("symlog", linthresh=0.1)
     axes.set_yticks([-0.1, -0.05, 0, 0.05, 0.1, 0.5, 1], ["-0.1", "-0.05", "0", "0.05", "0.1", "0.5", "1"])
     axes.axhline(0, color="grey", linewidth=0.5)
