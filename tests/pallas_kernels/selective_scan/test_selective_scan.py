@@ -39,7 +39,7 @@ def make(seed, batch, time, channels, size, *, dtype=np.float32, decay=1.0, fuse
 
 def truth(arguments, segment_ids=None):
     """Return (y, state) by the definition, in whatever precision the arguments have."""
-    x, delta, A, B, C, D, state = (arguments[name] for name in NAMES)
+    x, delta, A, B, C, D, state = (arguments.get(name, 0.0) for name in NAMES)
     gate, delta_bias = (arguments.get(name) for name in FUSED)
     if delta_bias is not None:
         delta = jax.nn.softplus(delta + delta_bias)

@@ -14,13 +14,14 @@ from pallas_kernels.selective_scan import selective_scan, selective_scan_support
 
 mosaic_gpu = importlib.import_module("pallas_kernels.selective_scan.mosaic_gpu")
 
-# B, T, D, N, dtype, what else: fused = gate and bias of the step size; cut = rows in two parts; strong = A times 30
+# B, T, D, N, dtype, what else: fused = gate and bias of the step size, but for one of them; cut = rows in two parts;
+# strong = A times 30; plain = no skip either
 CASES = {
     "everything, cut": (1, 50, 128, 9, "float32", "fused segments cut"),
     "plain": (1, 16, 128, 16, "bfloat16", "plain"),
     "fused": (2, 48, 256, 16, "bfloat16", "fused segments"),
-    "strong": (1, 33, 128, 16, "float32", "strong"),
-    "cut": (2, 70, 128, 4, "bfloat16", "fused cut"),
+    "strong": (1, 33, 128, 16, "float32", "fused ungated strong"),
+    "cut": (2, 70, 128, 4, "bfloat16", "fused unbiased cut"),
 }
 QUICK = ("everything, cut",)  # the others are variations, and the interpreter is slow
 ON_A_GPU = CASES | {
@@ -35,8 +36,11 @@ def check(case, *, interpret):
     batch, time, channels, size, dtype, more = case
     fused, decay = "fused" in more, 30.0 if "strong" in more else 1.0
     arguments = shared.make(time, batch, time, channels, size, dtype=jnp.dtype(dtype), decay=decay, fused=fused)
-    if more == "plain":
-        arguments["D"] = jnp.zeros(channels)
+    for name, without in (("gate", "ungated"), ("delta_bias", "unbiased"), ("D", "plain")):
+        if without in more:
+            del arguments[name]
+    if "delta_bias" not in arguments:
+        arguments["delta"] = jnp.abs(arguments["delta"])
     ids = None
     if "segments" in more:
         ids = jnp.asarray(np.cumsum(np.random.default_rng(time).random((batch, time)) < 0.1, axis=1), jnp.int32)
