@@ -161,7 +161,8 @@ def walk(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 states_s.at[w, s % 2].T[...] = rounded
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], states_ref.at[row, head, lax.div(n, every), slab(s), mine])
+                target = states_ref.at[row, head, lax.div(n, every), slab(s), mine]
+                plgpu.copy_smem_to_gmem(states_s.at[w, s % 2], target)
 
             def put_out(state, p, n):
                 """Write the chunk's output, and the state if it is one of those to keep."""
