@@ -43,6 +43,8 @@ def gated_linear_attention(
     query, key, value, log_decay, initial_state, segment_ids, *, scale, chunk_size, interpret, output_final_state=True
 ):
     """Compute the op on a Hopper GPU; see `api.py`."""
+    if scale <= 0:  # the kernels take the logarithm of it into their exponents
+        query, scale = query * (-1 if scale else 0), -scale or 1.0
     (batch, time, _, key_dim), value_dim = query.shape, value.shape[-1]
     keys, values = -(-key_dim // SLAB) * SLAB, -(-value_dim // SLAB) * SLAB
     # The copy engine wants whole groups of 8 tokens; the backward pass more than one chunk, whose gate `decay_source`

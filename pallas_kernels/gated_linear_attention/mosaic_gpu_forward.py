@@ -62,7 +62,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         k: [B, T, H_kv, K], v: [B, T, H_kv, V] bfloat16, V a multiple of value_tile.
         g: one or two terms [B or 1, T or C, any heads, K or 64] bfloat16 that sum to the log decay; see `decay_source`.
         initial_state: [B, H, K, V] float32 or None.
-        scale: of the query.
+        scale: of the query, positive.
         value_tile: value columns of a thread block, 64 or 128.
         save: return what the backward pass needs, with states of all chunks, 1, or of even ones, 2; None: nothing.
         ends: return the final state.
@@ -147,7 +147,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
 
             def scaled_exp(x):
                 """Return scale e^x, the scale in the exponent: e^x takes a product anyway, this a multiply-add."""
-                return jnp.exp2(x * math.log2(math.e) + math.log2(scale)) if scale > 0 else scale * jnp.exp(x)
+                return jnp.exp2(x * math.log2(math.e) + math.log2(scale))
 
             def wait_for_scores(n):
                 pl.when(n >= 1)(lambda: plgpu.barrier_wait(a_free))

@@ -167,6 +167,21 @@ def test_lowers_for_cuda(shape):
     assert "gla_backward" in text and ("gla_walk" if cut or key_dim > 128 else "gla_forward") in text
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 0.5])
+def test_kernels_are_given_a_positive_scale(scale):  # whose logarithm they take
+    arrays, _ = inputs(1, 64, 1, 1, 64, 64, "bfloat16", "")
+
+    def kernels(query, key, value, decay, initial_state, scale, *options):
+        assert scale > 0
+        return scale * query, None
+
+    with mock.patch.object(mosaic_gpu, "_ATTENTION", {True: kernels}):
+        out, _ = mosaic_gpu.gated_linear_attention(
+            *arrays, scale=scale, chunk_size=None, interpret=True, output_final_state=False
+        )
+    np.testing.assert_array_equal(out, scale * arrays[0])
+
+
 @pytest.mark.parametrize("value_dim", [64, 128, 192, 256, 384, 512])
 @pytest.mark.parametrize("key_dim", [64, 128, 192, 256])
 def test_sizes_fit_the_heads_and_the_chip(key_dim, value_dim):
