@@ -22,21 +22,17 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import (
     F32,
     LANES,
     LOG2_E,
-    OF_CHANNEL,
-    OF_STATE,
-    SLICE,
-    STATE,
     STATES,
-    TOKENS,
+    WHOLE,
+    WHOLE_CHANNEL,
+    WHOLE_STATE,
     WIDTH,
     along_channels,
     along_states,
-    along_tokens,
     by_warp,
     by_warp_state,
     kernel,
     load,
-    load_tokens,
     rows,
     sigmoid,
     softplus,
@@ -44,7 +40,8 @@ from pallas_kernels.selective_scan.mosaic_gpu_tile import (
     zeros,
 )
 
-_STAGES = 2  # chunks in shared memory: this one and the next
+_STAGES = 3  # chunks in shared memory: this one, and two on their way
+_GROUP = 4  # tokens a step of the loop
 
 
 def written(x, delta, A, B, delta_bias, starts, *, interpret):
@@ -58,7 +55,7 @@ def written(x, delta, A, B, delta_bias, starts, *, interpret):
         Two of [B, D, STATES] float32.
     """
     state, sizes = _walk({"inner": x, "delta": delta}, A, B, delta_bias, starts, reverse=False, interpret=interpret)
-    decay = jnp.exp(A * jnp.sum(sizes, axis=1).reshape(*state.shape[:2], 1))
+    decay = jnp.exp(A * sizes.reshape(*state.shape[:2], 1))
     if starts is not None:
         decay = jnp.where(jnp.any(starts, axis=1)[:, None, None], 0.0, decay)
     return state, decay
@@ -71,7 +68,7 @@ def wanted(d_y, gate, delta, A, C, delta_bias, starts, *, interpret):
 
 
 def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
-    """Walk rows from a state of zero; return it, and the step sizes summed to [B, SLICE, D / LANES, LANES]."""
+    """Walk rows from a state of zero; return it, and the sum of the step sizes [B, D / LANES, LANES]."""
     batch, time, channels = tiles["inner"].shape
     chunks = time // CHUNK
     tiles = {name: by_warp(array) for name, array in tiles.items() if array is not None}
@@ -80,14 +77,14 @@ def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
         inputs["delta_bias"] = by_warp(delta_bias)
     outputs = (
         jax.ShapeDtypeStruct((batch, channels // LANES, LANES, STATES), F32),
-        jax.ShapeDtypeStruct((batch, SLICE, channels // LANES, LANES), F32),
+        jax.ShapeDtypeStruct((batch, channels // LANES, LANES), F32),
     )
 
     def body(*refs, loaded, **smem):
         hbm = dict(zip(inputs, refs, strict=False))
         state_out, sizes_out = refs[len(inputs) :]
         row, mine = lax.axis_index("row"), pl.ds(4 * lax.axis_index("channels"), 4)
-        bias = None if delta_bias is None else load(hbm["delta_bias"].at[mine], TOKENS.reduce(0))
+        bias = None if delta_bias is None else load(hbm["delta_bias"].at[mine], WHOLE_CHANNEL)
 
         def fetch(step):
             slot, n = lax.rem(step, _STAGES), chunks - 1 - step if reverse else step
@@ -99,35 +96,34 @@ def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
         def walk(step, carry):
             state, sizes = carry
             slot = lax.rem(step, _STAGES)
-            tile, shared = {name: smem[name].at[slot] for name in tiles}, smem["rows"].at[slot]
             plgpu.barrier_wait(loaded.at[slot])
-            for first in range(0, CHUNK, SLICE):
-                size, weight = (load_tokens(tile[name], first) for name in ("delta", "inner"))
+
+            def of_token(name, t):
+                return load(smem[name].at[slot, t], WHOLE_CHANNEL).astype(F32)
+
+            def row_of_token(t, i):
+                return along_channels(load(smem["rows"].at[slot, t, i], WHOLE_STATE), WHOLE)
+
+            def token(t, state, sizes):
+                size, weight = of_token("delta", t), of_token("inner", t)
                 if bias is not None:
-                    size = softplus(size + along_tokens(bias))
-                if reverse and "gate" in tile:
-                    z = load_tokens(tile["gate"], first)
+                    size = softplus(size + bias)
+                if "gate" in tiles:
+                    z = of_token("gate", t)
                     weight = weight * (z * sigmoid(z))
-                store(smem["size"].at[pl.ds(first, SLICE)], size)
-                store(smem["weight"].at[pl.ds(first, SLICE)], weight if reverse else size * weight)
-                sizes = sizes + size
-            plgpu.commit_smem()
-
-            def token(t, state):
-                decay = jnp.exp2(along_states(load(smem["size"].at[t], OF_CHANNEL)) * A_log2)
+                decay = jnp.exp2(along_states(size, WHOLE) * A_log2)
                 if starts is not None:
-                    decay = decay * along_channels(load(shared.at[t, 2], OF_STATE))
-                weight = along_states(load(smem["weight"].at[t], OF_CHANNEL))
-                write = weight * along_channels(load(shared.at[t, 0], OF_STATE))
-                return decay * (state + write) if reverse else decay * state + write
+                    decay = decay * row_of_token(t, 2)
+                write = along_states(weight if reverse else size * weight, WHOLE) * row_of_token(t, 0)
+                return decay * (state + write) if reverse else decay * state + write, sizes + size
 
-            def walk_slice(i, state):
-                for k in range(SLICE):
-                    t = i * SLICE + k
-                    state = token(CHUNK - 1 - t if reverse else t, state)
-                return state
+            def walk_group(i, carry):
+                for k in range(_GROUP):
+                    t = i * _GROUP + k
+                    carry = token(CHUNK - 1 - t if reverse else t, *carry)
+                return carry
 
-            state = lax.fori_loop(0, CHUNK // SLICE, walk_slice, state)
+            state, sizes = lax.fori_loop(0, CHUNK // _GROUP, walk_group, (state, sizes))
             plgpu.commit_smem()
 
             @pl.when(step + _STAGES < chunks)
@@ -138,15 +134,14 @@ def _walk(tiles, A, row_of_state, delta_bias, starts, *, reverse, interpret):
 
         for step in range(min(_STAGES, chunks)):
             fetch(step)
-        A_log2 = load(hbm["A"].at[mine], STATE)
-        state, sizes = lax.fori_loop(0, chunks, walk, (zeros(ALL, STATE), zeros((SLICE, 4, LANES), TOKENS)))
+        A_log2 = load(hbm["A"].at[mine], WHOLE)
+        state, sizes = lax.fori_loop(0, chunks, walk, (zeros(ALL, WHOLE), zeros((4, LANES), WHOLE_CHANNEL)))
         store(state_out.at[row, mine], state)
-        store(sizes_out.at[row, :, mine], sizes)
+        store(sizes_out.at[row, mine], sizes)
 
     tile = (CHUNK, 4, LANES)
     scratch: dict[str, Any] = {name: plgpu.SMEM((_STAGES, *tile), array.dtype) for name, array in tiles.items()}
     scratch["rows"] = plgpu.SMEM((_STAGES, CHUNK, *inputs["rows"].shape[2:]), F32)
-    scratch |= {name: plgpu.SMEM(tile, F32) for name in ("size", "weight")}
     scratch["loaded"] = plgpu.Barrier(num_arrivals=len(tiles) + 1, num_barriers=_STAGES)
     run = kernel(
         body,

@@ -1,12 +1,12 @@
 """How the selective scan lies on a Hopper warpgroup, shared by its kernels: layouts, copies, sums over lanes.
 
 A thread block is one warpgroup and walks a row of W channels, chunk after chunk of C = 16 tokens, with the state
-[W, 16] in float32 registers: each warp has a quarter of the channels, each thread 4 numbers of the state of each of a
-few neighbouring channels. So a step size or an input is read once for 4 numbers of the state, B and C once for all
-channels of the thread, and the sums over the state go over 4 lanes only.
+[W, 16] in float32 registers: each warp has a quarter of the channels.
 
-What needs no recurrence (softplus, silu, products of inputs) is done for a slice of tokens at once, every element by
-one thread, in a second layout; shared memory is in between.
+Forwards a thread has one channel and all of its state (WHOLE). The backward kernel sums over channels too: there a
+thread has 4 numbers of the state of each of a few neighbouring channels: these sums go over 8 lanes
+then, and those over the state over 4. What needs no recurrence (softplus, silu, products of inputs) is done there for a
+slice of tokens at once, every element by one thread, in another layout (TOKENS); shared memory is in between.
 """
 
 import math
@@ -39,6 +39,9 @@ STATE = plgpu.Layout.TILED(Tiling(((4, LANES, STATES), (PER_THREAD, 4))), (-5,),
 OF_CHANNEL, OF_STATE = STATE.reduce(2), STATE.reduce((0, 1))
 # [4, LANES]: one channel a thread.
 OF_LANE = plgpu.Layout.TILED(Tiling(((4, LANES), (1,))), (-3,), (-2,), -1)
+# [4, LANES, STATES]: one channel a thread, and all numbers of its state.
+WHOLE = plgpu.Layout.TILED(Tiling(((4, LANES, STATES), (4,))), (-4,), (-3,), -1)
+WHOLE_CHANNEL, WHOLE_STATE = WHOLE.reduce(2), WHOLE.reduce((0, 1))
 # [SLICE, 4, LANES]: 4 neighbouring channels of one token a thread.
 TOKENS = plgpu.Layout.TILED(Tiling(((SLICE, 4, LANES), (4,))), (-4,), (-3, -2), -1)
 
@@ -102,14 +105,14 @@ def load_tokens(ref, first):
     return load(ref.at[pl.ds(first, SLICE)], TOKENS).astype(F32)
 
 
-def along_states(x):
+def along_states(x, layout=STATE):
     """Broadcast a value a channel over its state."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (0, 1)), STATE)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (0, 1)), layout)
 
 
-def along_channels(x):
+def along_channels(x, layout=STATE):
     """Broadcast a value a number of the state over the channels."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (2,)), STATE)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, ALL, (2,)), layout)
 
 
 def along_tokens(x):
@@ -138,17 +141,33 @@ def _exp_minus_abs(x):
 def sigmoid(x):
     """Return 1 / (1 + exp(-x)), with a small relative error at both ends."""
     e = _exp_minus_abs(x)
-    reciprocal = _reciprocal(1.0 + e)
-    return jnp.where(x >= 0, reciprocal, e * reciprocal)
+    return _sigmoid(x, e, _reciprocal(1.0 + e))
 
 
 def softplus(x):
-    """Return log(1 + exp(x)) with a small relative error, also of step sizes near 0.
+    """Return log(1 + exp(x)) with a small relative error, also of step sizes near 0."""
+    e = _exp_minus_abs(x)
+    return _softplus(x, e, _reciprocal(2.0 + e))
+
+
+def softplus_and_sigmoid(x, z):
+    """Return softplus(x) and sigmoid(z) by one root, whose unit is the busiest."""
+    e_x, e_z = _exp_minus_abs(x), _exp_minus_abs(z)
+    both = _reciprocal((2.0 + e_x) * (1.0 + e_z))
+    return _softplus(x, e_x, both * (1.0 + e_z)), _sigmoid(z, e_z, both * (2.0 + e_x))
+
+
+def _sigmoid(x, e, reciprocal):
+    """Return sigmoid(x), given exp(-|x|) and 1 / (1 + exp(-|x|))."""
+    return jnp.where(x >= 0, reciprocal, e * reciprocal)
+
+
+def _softplus(x, e, reciprocal):
+    """Return softplus(x), given e = exp(-|x|) and 1 / (2 + e).
 
     log1p(e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3, and its series.
     """
-    e = _exp_minus_abs(x)
-    s = e * _reciprocal(2.0 + e)
+    s = e * reciprocal
     square = s * s
     series = 1 / 13
     for odd in (11, 9, 7, 5, 3, 1):
