@@ -29,7 +29,7 @@ from gla_jax.data import Data, open_dataset
 from gla_jax.models import abstract_model
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import init_state
-from gla_jax.training.step import make_train_step
+from gla_jax.training.step import compiler_options, make_train_step
 
 REFERENCE = "float32, reference"
 FORMS: dict[str, dict[str, str]] = {
@@ -72,10 +72,12 @@ def compile_steps(configs: Sequence[Config], states: Any, batches: Any) -> Any:
     """Compile `CALL` training steps of configs that differ in their seeds alone: all seeds in one program."""
     config = configs[0]
     graphdef, _ = abstract_model(config.model, config.dtype)
-    train_all = jax.vmap(make_train_step(config, graphdef, make_optimizer(config.optimizer, config.steps)))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    train_all = jax.vmap(make_train_step(config, graphdef, optimizer, compiled=False))
     run = lambda states, batches: jax.lax.scan(lambda *step: train_all(*step), states, batches)
     with jax.default_matmul_precision("highest" if config.dtype.compute == "float32" else "default"):
-        return jax.jit(run, donate_argnums=0).lower(states, batches).compile()
+        program = jax.jit(run, donate_argnums=0, compiler_options=compiler_options(config))
+        return program.lower(states, batches).compile()
 
 
 def make_states(configs: Sequence[Config]) -> Any:

@@ -22,6 +22,10 @@ GRADIENTS = jnp.float8_e5m2
 FLOAT8_LEAST = 64
 """Features on both sides that a linear map must have for it to pay; narrower ones take little time as they are."""
 
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""What XLA for GPUs has to be told: to leave all products to cuBLAS. Else it makes kernels of its own for them, with
+bfloat16 factors, and takes minutes to try them."""
+
 
 class _Type(NamedTuple):
     """What a product has to be: dtype, and layout inside a mesh."""
@@ -157,17 +161,15 @@ def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 def _multiply(a: Scaled, b: Scaled, summed: tuple[tuple[int, ...], tuple[int, ...]], wanted: _Type) -> jax.Array:
     """Sum over the given axes of two scaled arrays."""
-    left, right = jax.lax.optimization_barrier((a[0], b[0]))  # of no other product; see `apply_each`
-    y = jax.lax.dot_general(
-        left, right, (summed, ((), ())), preferred_element_type=wanted.dtype, out_sharding=wanted.spec
+    factors = jax.lax.optimization_barrier((a[0], b[0]))  # of no other product; see `apply_each`
+    # A power of two rounds nothing. XLA for GPUs recognises in this a product of 8-bit factors and their scales, if
+    # `COMPILER_OPTIONS` say so; else the product is one of the factors as they are here.
+    left, right = (
+        factor.astype(wanted.dtype) * scale.astype(wanted.dtype)
+        for factor, scale in zip(factors, (a[1], b[1]), strict=True)
     )
-    # A power of two rounds nothing, so it can follow in the product's own dtype, in the pass over the product that
-    # comes next. Left in sight of the product, it would become a pass of its own.
-    y = jax.lax.optimization_barrier(y)
-    scale = (a[1] * b[1]).astype(wanted.dtype)
-    if wanted.spec is not None:  # JAX wants it said that a factor of sums that are not yet added up is the same for all
-        scale = jax.sharding.reshard(scale, PartitionSpec(reduced=wanted.spec.unreduced))
-    return y * scale
+    y = jax.lax.dot_general(left, right, (summed, ((), ())), out_sharding=wanted.spec)
+    return jax.lax.optimization_barrier(y)  # else the product adds what comes next, for which XLA copies that first
 
 
 def _type_of_gradient(x: jax.Array) -> _Type:

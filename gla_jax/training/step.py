@@ -1,6 +1,7 @@
 """One update of the parameters: loss, gradients, optimiser."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from gla_jax.config import Config
 from gla_jax.data import mqar
+from gla_jax.layers.float8 import COMPILER_OPTIONS
 from gla_jax.models import bind
 from gla_jax.models.language_model import make_room
 from gla_jax.parallel.sharding import shard, to_device, to_host
@@ -25,13 +27,21 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTransformationExtraArgs) -> TrainStep:
+def compiler_options(config: Config) -> dict[str, Any]:
+    """Return what the compiler has to be told of a program that trains."""
+    return COMPILER_OPTIONS if config.dtype.matmul == "float8" and target().platform == "gpu" else {}
+
+
+def make_train_step(
+    config: Config, graphdef: Any, optimizer: optax.GradientTransformationExtraArgs, *, compiled: bool = True
+) -> TrainStep:
     """Return the compiled step (state, batch) -> (state, metrics), which gives its first argument's memory up.
 
     Args:
         config: the run.
         graphdef: of `gla_jax.models.abstract_model`.
         optimizer: of `gla_jax.training.optimizer.make_optimizer`.
+        compiled: False: as it is, for a program that does more; compile that with `compiler_options`.
 
     Returns:
         A function of the state and a batch of arrays [B, T]: inputs, targets, weights, and, where rows hold more than
@@ -102,10 +112,11 @@ def make_train_step(config: Config, graphdef: Any, optimizer: optax.GradientTran
             opt_state = to_host(opt_state)
         return TrainState(state.step + 1, params, opt_state, state.rng, ema, carried), metrics
 
+    compile_ = functools.partial(jax.jit, compiler_options=compiler_options(config))
     if config.optimizer.offload:
-        return _TwoPrograms(jax.jit(accumulate, donate_argnums=2), jax.jit(update, donate_argnums=0))
+        return _TwoPrograms(compile_(accumulate, donate_argnums=2), compile_(update, donate_argnums=0))
     train_step = lambda state, batch: update(state, *accumulate(state.params, batch, state.carried))
-    return jax.jit(train_step, donate_argnums=0)
+    return compile_(train_step, donate_argnums=0) if compiled else train_step
 
 
 class _TwoPrograms:

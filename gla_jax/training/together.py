@@ -22,7 +22,7 @@ from gla_jax.models import abstract_model
 from gla_jax.models.language_model import layer_mixers, mixer_options
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import TrainState, init_state
-from gla_jax.training.step import Batch, Metrics, make_eval_step, make_train_step
+from gla_jax.training.step import Batch, Metrics, compiler_options, make_eval_step, make_train_step
 from pallas_kernels.target import target
 
 AVERAGED_STEPS = 200
@@ -118,7 +118,8 @@ def make_steps(config: Config) -> tuple[Callable[..., tuple[TrainState, Metrics]
         # The schedule is arithmetic on the learning rate, so a traced one serves it as a number does.
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
         tuned = dataclasses.replace(config, optimizer=optimizer)
-        return make_train_step(tuned, graphdef, make_optimizer(optimizer, config.steps))(state, batch)
+        step = make_train_step(tuned, graphdef, make_optimizer(optimizer, config.steps), compiled=False)
+        return step(state, batch)
 
     def run_steps(states: TrainState, rates: jax.Array, batches: Batch) -> tuple[TrainState, Metrics]:
         train_all = jax.vmap(train_one, in_axes=(0, 0, None))
@@ -127,7 +128,8 @@ def make_steps(config: Config) -> tuple[Callable[..., tuple[TrainState, Metrics]
     def evaluate(states: TrainState, batch: Batch) -> Metrics:
         return jax.vmap(eval_step, in_axes=(0, None))(states.eval_params, batch)
 
-    return jax.jit(run_steps, donate_argnums=0), jax.jit(evaluate)
+    train = jax.jit(run_steps, donate_argnums=0, compiler_options=compiler_options(config))
+    return train, jax.jit(evaluate)
 
 
 def stack_states(config: Config, count: int, seeds: Sequence[int]) -> TrainState:

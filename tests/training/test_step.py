@@ -11,12 +11,15 @@ import pytest
 from tiny_config import get_config
 
 from gla_jax.config import build, override
+from gla_jax.layers.float8 import COMPILER_OPTIONS
 from gla_jax.models import abstract_model, init_params
 from gla_jax.parallel.mesh import make_mesh, place_batch
+from gla_jax.training import step as step_module
 from gla_jax.training.loop import open_data
 from gla_jax.training.optimizer import make_optimizer
 from gla_jax.training.state import Params, TrainState, abstract_state, init_state
 from gla_jax.training.step import make_train_step, split_rows
+from pallas_kernels.target import Target
 
 STEPS = 3
 
@@ -153,3 +156,11 @@ def test_golden_metrics() -> None:
         "another order of data, another default), put the values on the left into GOLDEN and say why in the commit; if "
         "not, a change has altered the training of every model."
     )
+
+
+def test_8_bit_products_are_left_to_cublas_on_gpus(monkeypatch):
+    monkeypatch.setattr(step_module, "target", lambda: Target("gpu", "NVIDIA H100 80GB HBM3"))
+    assert step_module.compiler_options(build({"dtype": {"matmul": "float8"}})) == COMPILER_OPTIONS
+    assert not step_module.compiler_options(build({}))
+    monkeypatch.setattr(step_module, "target", lambda: Target("cpu", "cpu"))
+    assert not step_module.compiler_options(build({"dtype": {"matmul": "float8"}}))
