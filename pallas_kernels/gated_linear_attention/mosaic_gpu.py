@@ -137,7 +137,7 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
         states, exact, scores = saved
         of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
         du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, initial=initial, **options)
-        dq, dk, dg = backward_inputs(*arrays, states, du, exact, at_edges=False, **options)
+        dq, dk, dg = backward_inputs(*arrays, states, du, exact, **options)
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, d_initial
 

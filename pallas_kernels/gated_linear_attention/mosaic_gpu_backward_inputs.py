@@ -1,6 +1,6 @@
-"""The parallel part of the backward pass of wide heads on Hopper; see `mosaic_gpu_backward_sweep` for its algebra.
+"""The parallel part of the backward pass of 128 key channels on Hopper; its algebra is in `mosaic_gpu_backward_sweep`.
 
-One thread block per pair of chunks and 128 key channels. Of a pair, only R of its first chunk and dU of its second go
+One thread block per pair of chunks. Of a pair, only R of its first chunk and dU of its second go
 through memory. With b the decay from U of the first chunk to R of the second, M_10 = do_1 v_0^T, and products of the
 first chunk's R and the second's dU alone,
 
@@ -10,12 +10,9 @@ first chunk's R and the second's dU alone,
     Y_0 = b (W_0 + M_10^T q_1'),                Y_1 = W_1,
 
 dq = scale e^D X, dk = e^-D (Y + M^T q'), and dg of a chunk is r plus sums over its tokens of q' X, k' Y and k' M^T q'.
-What is saved may also be S at the start of the first chunk and dS at the end of the second: then R_0 = e^{G_m} S and
-dU_1 = e^{G_last - G_m} dS.
 
 Each of four warpgroups takes one chunk and 64 of the channels. The value columns stream through three stages of shared
-memory, then queries and keys, then the log decays; what was in a stage makes room for what is computed. Two blocks of a
-pair form a cluster and read v and d_out once.
+memory, then queries and keys, then the log decays; what was in a stage makes room for what is computed.
 
 All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
 it: code for exact chunks in this kernel would cost it registers that it does not have.
@@ -70,27 +67,25 @@ _GROUPS, _APART = 4, 5800  # groups of clusters that begin apart, and by how man
 _TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
-def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, at_edges, interpret=False):
+def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, interpret=False):
     """Compute the gradients of q, k and g, all pairs of chunks at once.
 
     Args:
         q, k, v, g: as in `forward`.
         d_out: [B, T, H, V] bfloat16.
-        states, d_states: [B, H, ceil(N / 2), K, V] bfloat16, R of even and dU of odd chunks, or with `at_edges` S at
-            the start of even and dS at the end of odd chunks.
+        states, d_states: [B, H, ceil(N / 2), K, V] bfloat16, R of even and dU of odd chunks.
         exact: [B, H, N] int32, whether a chunk is exact.
         scale: of the query.
-        at_edges: which of the two `states` and `d_states` are.
         interpret: run in the interpreter.
 
     Returns:
         dq, dk, dg: a head of the query each, [B, T, H, K] bfloat16.
     """
     arrays = q, k, v, g, d_out, states, d_states
-    options = {"scale": scale, "at_edges": at_edges, "interpret": interpret}
-    if q.shape[-1] % (_SLABS * SLAB) or len(g) > 1 or scale <= 0:
-        return backward_pairs(*arrays, exact, **options)
-    return _bounded(*arrays, redo=lambda results: backward_pairs(*arrays, exact, results, **options), **options)
+    exactly = functools.partial(backward_pairs, *arrays, exact, scale=scale, at_edges=False, interpret=interpret)
+    if q.shape[-1] != _SLABS * SLAB or len(g) > 1:
+        return exactly()
+    return _bounded(*arrays, redo=exactly, scale=scale, interpret=interpret)
 
 
 def begin_apart(cluster, at_once):
@@ -116,13 +111,11 @@ def begin_apart(cluster, at_once):
     lax.fori_loop(0, times, lambda *_: spin(), None)
 
 
-def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, interpret):
+def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
     """Compute the gradients as if all chunks were bounded, and `redo` those that are not."""
-    batch, time, heads, key_dim = q.shape
-    value_dim, group = v.shape[-1], heads // k.shape[2]
-    chunks, key_tiles, value_tiles = pl.cdiv(time, CHUNK), key_dim // (_SLABS * SLAB), value_dim // SLAB
-    share = 2 if key_tiles % 2 == 0 and not interpret else 1  # blocks of a cluster
-    at_once = MULTIPROCESSORS // share  # clusters
+    batch, time, heads, _ = q.shape
+    group = heads // k.shape[2]
+    chunks, value_tiles = pl.cdiv(time, CHUNK), v.shape[-1] // SLAB
     # the stages that follow that of the last value columns, `last`
     of_keys, of_gates, last = (i % _STAGES for i in (value_tiles, value_tiles + 1, value_tiles - 1))
     log_scale = math.log2(scale)
@@ -134,12 +127,10 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         constants_full, gates_full, full, free, streamed, gated, crossed, done,
     ):  # fmt: skip
         pair, head, row = (lax.axis_index(a) for a in "nhb")
-        block = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
         warpgroup = lax.axis_index("warpgroup")
-        shared = "c" if share > 1 else None
         kv_head = lax.div(head, group)
         tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
-        channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
+        channels = lambda s: pl.ds(s * SLAB, SLAB)
         both = pl.ds(2 * pair * CHUNK, 2 * CHUNK)  # tokens of the pair
         each = [(s, c) for s in range(_SLABS) for c in range(2)]
         tiles = lambda stage, first, count=1: stages_s.at[stage, pl.ds(first * CHUNK, count * CHUNK)]
@@ -158,11 +149,10 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         def copy_values(j):
             slot, columns = lax.rem(j, _STAGES), pl.ds(j * SLAB, SLAB)
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
-            of_states = lambda ref: ref.at[row, head, pair, pl.ds(block * _SLABS * SLAB, _SLABS * SLAB), columns]
-            copy(d_out_ref.at[row, both, head].at[:, columns], tiles(slot, _D_OUT, 2), collective_axes=shared)
-            copy(v_ref.at[row, both, kv_head].at[:, columns], tiles(slot, _V, 2), collective_axes=shared)
-            copy(of_states(states_ref), tiles(slot, _R, _SLABS))
-            copy(of_states(d_states_ref), tiles(slot, _DU, _SLABS))
+            copy(d_out_ref.at[row, both, head].at[:, columns], tiles(slot, _D_OUT, 2))
+            copy(v_ref.at[row, both, kv_head].at[:, columns], tiles(slot, _V, 2))
+            copy(states_ref.at[row, head, pair, :, columns], tiles(slot, _R, _SLABS))
+            copy(d_states_ref.at[row, head, pair, :, columns], tiles(slot, _DU, _SLABS))
 
         def copy_keys():
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[of_keys])
@@ -172,7 +162,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
 
         def copy_gates():
             for s, c in each:
-                source = decay_source(g_ref, row, 2 * pair + c, head, heads, block * _SLABS + s)
+                source = decay_source(g_ref, row, 2 * pair + c, head, heads, s)
                 plgpu.copy_gmem_to_smem(source, at(of_gates, _G, s, c), gates_full)
 
         def fill(j):
@@ -196,7 +186,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
                     if c == 0:
                         total += jnp.sum(load(of(_R + s)) * load(of(_DU + s)), axis=1)
                     plgpu.wgmma_wait(0)
-                    plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
+                    plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
 
                     def refill():
@@ -220,8 +210,6 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             exponents = lambda: matmul((shift_s, g_tile)) * _LOG2_E
             column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
             spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
-            to_end = lambda: column(decays_s.at[s, 1, _FROM_MIDDLE])
-            from_start = lambda: column(decays_s.at[s, 0, _TO_MIDDLE])
             between = lambda: column(decays_s.at[s, 0, _FROM_MIDDLE]) * column(decays_s.at[s, 1, _TO_MIDDLE])
 
             def put_sums(x, of_chunk):
@@ -235,9 +223,6 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
                 target[...] = x.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(target, out_ref.at[row, tokens(c), head, channels(s)])
-
-            def load_w():
-                return load(b_tile) * spread(to_end()) if at_edges else load(b_tile)
 
             # M goes to shared memory, and so does W, rounded: its registers are needed
             m, z, w, total = stream(s, c)
@@ -275,10 +260,8 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             sync(gated)
 
             # what goes from one chunk to the other
-            if at_edges:
-                z = z * spread(from_start())
             if c == 0:
-                w = load_w()
+                w = load(b_tile)
                 put_sums(load(k_tile) * w, 1)
                 w = add_matmul(w, m_at(1).T, other_q, interpret=interpret) * spread(between())
                 b_tile[...] = w.astype(BF16)
@@ -296,20 +279,19 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             plgpu.barrier_wait(crossed.at[s])  # the other chunk has read this one's q' and k'
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             put_split(product, a_tile, q_tile)
-            y = load(b_tile) if c == 0 else load_w()
+            y = load(b_tile)
             b_tile[...] = (load(k_tile) * y).astype(BF16)
             put((y + y_m) * jnp.exp2(-exponents()), k_tile, dk_ref)
 
             dg = matmul((to_here_s.T, a_tile), (to_here_s.T, q_tile), (before_s, b_tile))
-            constant = column(dot_s.at[s]) * from_start() * to_end() if at_edges else column(dot_s.at[s])
-            put(dg + spread(between() * (constant + column(sums_s.at[s, c]))), g_tile, dg_ref)
+            put(dg + spread(between() * (column(dot_s.at[s]) + column(sums_s.at[s, c]))), g_tile, dg_ref)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             sync(done)  # no warpgroup leaves while another still issues matrix products
 
         @pl.when(warpgroup == 1)
         def _first():
-            if batch * heads * chunks // 2 >= 4 * at_once and not interpret:
-                begin_apart(row + batch * (head + heads * pair), at_once)
+            if batch * heads * chunks // 2 >= 4 * MULTIPROCESSORS and not interpret:
+                begin_apart(row + batch * (head + heads * pair), MULTIPROCESSORS)
             fill(0)
             copy_constants()
             for j in range(1, _STAGES):
@@ -318,10 +300,6 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         for c in range(2):
             pl.when(lax.rem(warpgroup, 2) == c)(functools.partial(work, c))
 
-    free = barrier(4, _STAGES)
-    if share > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=4, num_barriers=_STAGES)
-    cluster = {"cluster": (share,), "cluster_names": ("c",)} if share > 1 else {}
     run = kernel(
         body,
         name="gla_backward_inputs",
@@ -329,8 +307,8 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
         warpgroups=4,
         replace=redo,
         out_type=[result(q.shape, BF16, q)] * 3,
-        grid=(key_tiles // share, pl.cdiv(chunks, 2), heads, batch),
-        grid_names=tuple("knhb"),
+        grid=(pl.cdiv(chunks, 2), heads, batch),
+        grid_names=tuple("nhb"),
         scratch_types=[
             tile(_STAGES, _TILES * CHUNK, SLAB),
             *(tile(CHUNK, CHUNK) for _ in range(3)),
@@ -341,13 +319,12 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, at_edges, inte
             barrier(4),  # constants_full
             barrier(2 * _SLABS),  # gates_full
             barrier(_TILES // 2, _STAGES),  # full: a copy fills two tiles
-            free,
+            barrier(4, _STAGES),  # free
             barrier(4),  # streamed
             barrier(4),  # gated
             barrier(2, _SLABS),  # crossed
             barrier(4),  # done
         ],
-        **cluster,
     )
     select, triangles, _ = constants()
     return run(q, k, v, d_out, states, d_states, select, triangles, g[0])

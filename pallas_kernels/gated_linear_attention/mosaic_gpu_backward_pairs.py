@@ -52,14 +52,26 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     zero_row,
 )
 
-_RUN = 16  # pairs that a thread block takes one after the other
+RUN = 16  # pairs that a thread block takes one after the other
 _STAGES = 2  # of the value columns, 64 at a time, on their way to shared memory
 # Rows of the products of decays: b; b a_0 x_0; b a_1 y_1; all of these; x_0; y_1.
 _BETWEEN, _FROM_START, _TO_END, _ACROSS, _START, _END = range(6)
 
 
+def visit_exact(exact_ref, number, one_pair):
+    """Call `one_pair` with those of the `number`th RUN pairs of a row that have an exact chunk."""
+    (chunks,) = exact_ref.shape
+    is_exact = lambda n: jnp.where(n < chunks, exact_ref[jnp.minimum(n, chunks - 1)], 0)
+    first, last = number * RUN, jnp.minimum((number + 1) * RUN, pl.cdiv(chunks, 2))
+    is_wrong = lambda pair: is_exact(2 * pair) + is_exact(2 * pair + 1) > 0
+    visit = lambda pair, _: pl.when(is_wrong(pair))(functools.partial(one_pair, pair))
+    # all flags at once: nearly all blocks find their pairs bounded, in the time of one load
+    some = sum(is_exact(2 * first + i) for i in range(2 * RUN)) > 0
+    pl.when(some)(lambda: lax.fori_loop(first, last, visit, None))
+
+
 def backward_pairs(
-    q, k, v, g, d_out, states, d_states, exact, results=None, *, scale, at_edges, interpret=False
+    q, k, v, g, d_out, states, d_states, exact, results=None, missing=None, *, scale, at_edges, interpret=False
 ):  # fmt: skip
     """Compute the gradients of q, k and g, all pairs of chunks at once.
 
@@ -73,6 +85,8 @@ def backward_pairs(
         at_edges: which of the two `states` and `d_states` are.
         results: references to dq, dk and dg, right but for the pairs that have an exact chunk: only those are computed,
             in place.
+        missing: what `rebuild_states` returns, where `states` and `d_states` are only those of every other pair: S
+            before even pairs and dS after odd ones.
         interpret: run in the interpreter.
 
     Returns:
@@ -91,6 +105,8 @@ def backward_pairs(
         *refs,
     ):  # fmt: skip
         g_refs, refs = refs[:terms], refs[terms:]
+        if missing is not None:
+            missing_ref, refs = refs[0], refs[1:]
         (
             dq_ref, dk_ref, dg_ref,
             q_s, k_s, g_s, v_s, d_out_s, r_s, du_s, m_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s,
@@ -99,8 +115,6 @@ def backward_pairs(
             raw_full, done,
         ) = refs  # fmt: skip
         number, head, row = (lax.axis_index(a) for a in "nhb")
-        if results is not None:
-            first, last = number * _RUN, jnp.minimum((number + 1) * _RUN, pairs)
         key_index = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
         is_exact = lambda n: jnp.where(n < chunks, exact_ref[row, head, jnp.minimum(n, chunks - 1)], 0)
         warpgroup = lax.axis_index("warpgroup")
@@ -141,10 +155,18 @@ def backward_pairs(
                     plgpu.copy_gmem_to_smem(out_source, d_out_s.at[slot, c], full.at[slot], collective_axes=shared)
                     v_source = v_ref.at[row, tokens(c), kv_head, columns]
                     plgpu.copy_gmem_to_smem(v_source, v_s.at[slot, c], full.at[slot], collective_axes=shared)
-                plgpu.copy_gmem_to_smem(states_ref.at[row, head, pair, channels, columns], r_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(
-                    d_states_ref.at[row, head, pair, channels, columns], du_s.at[slot], full.at[slot]
-                )
+
+                def copy_states(start_ref, start, end_ref, end):
+                    of_pair = lambda ref, index: ref.at[row, head, index, channels, columns]
+                    plgpu.copy_gmem_to_smem(of_pair(start_ref, start), r_s.at[slot], full.at[slot])
+                    plgpu.copy_gmem_to_smem(of_pair(end_ref, end), du_s.at[slot], full.at[slot])
+
+                if missing is None:
+                    copy_states(states_ref, pair, d_states_ref, pair)
+                else:
+                    odd, two = lax.rem(pair, 2), lax.div(pair, 2)
+                    pl.when(odd == 0)(lambda: copy_states(states_ref, two, missing_ref, pair))
+                    pl.when(odd == 1)(lambda: copy_states(missing_ref, pair, d_states_ref, two))
 
             def gate(raw, c, factor, sign, exact, table, ready):
                 """Replace the raw tile by the gated one; `table` is the triangle that an exact chunk takes."""
@@ -358,11 +380,7 @@ def backward_pairs(
         if results is None:
             one_pair(number)
         else:
-            is_wrong = lambda pair: is_exact(2 * pair) + is_exact(2 * pair + 1) > 0
-            visit = lambda pair, _: pl.when(is_wrong(pair))(functools.partial(one_pair, pair))
-            # all flags at once: nearly all blocks find their pairs bounded, in the time of one load
-            some = sum(is_exact(2 * first + i) for i in range(2 * _RUN)) > 0
-            pl.when(some)(lambda: lax.fori_loop(first, last, visit, None))
+            visit_exact(exact_ref.at[row, head], number, one_pair)
 
     free, done = barrier(4, _STAGES), barrier(4)
     if share > 1:
@@ -382,9 +400,10 @@ def backward_pairs(
         interpret=interpret,
         warpgroups=4,
         out_type=[result(q.shape, BF16, q)] * 3 if results is None else (),
-        grid=(key_tiles // share, pl.cdiv(pairs, 1 if results is None else _RUN), heads, batch),
+        grid=(key_tiles // share, pl.cdiv(pairs, 1 if results is None else RUN), heads, batch),
         grid_names=tuple("knhb"),
         scratch_types=scratch,
         **cluster,
     )
-    return run(q, k, v, d_out, states, d_states, exact, *constants(), *g, *(results or ()))
+    extra = () if missing is None else (missing,)
+    return run(q, k, v, d_out, states, d_states, exact, *constants(), *g, *extra, *(results or ()))

@@ -12,7 +12,8 @@ segments for chunks), from where all are walked side by side. Backwards it is th
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import backward_inputs
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_quads import backward_quads, serves_quads
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import CHUNK
 from pallas_kernels.gated_linear_attention.mosaic_gpu_prepare import prepare
 from pallas_kernels.gated_linear_attention.mosaic_gpu_walk import walk
@@ -38,31 +39,39 @@ def wide_forward(q, k, v, g, initial_state, *, scale, segments, save=False, ends
     """
     gated_q, gated_k, scores, decay, exact = prepare(q, k, g, scale=scale, interpret=interpret)
     arrays = (gated_q, gated_k, v, scores, decay, initial_state)
-    out, final_state, *states = _walk(*arrays, segments=segments, save=save, ends=ends, interpret=interpret)
+    every = 4 if serves_quads(q, g) else 2
+    options = {"segments": segments, "every": every, "ends": ends, "interpret": interpret}
+    out, final_state, *states = _walk(*arrays, save=save, **options)
     return (out, final_state, gated_q, gated_k, scores, decay, exact, *states) if save else (out, final_state)
 
 
 def wide_backward(q, k, v, g, d_out, d_final, saved, *, scale, segments, initial, interpret=False):
     """Return the gradients of q, k, v and g, one for each query head, and if there was an `initial` state, of that."""
     gated_q, gated_k, scores, decay, exact, states = saved
-    arrays = (gated_k, gated_q, d_out, scores, decay, d_final)
-    options = {"segments": segments, "reverse": True, "save": True, "ends": initial, "interpret": interpret}
-    dv, d_initial, d_states = _walk(*arrays, **options)
-    options = {"at_edges": True, "scale": scale, "interpret": interpret}
-    dq, dk, dg = backward_inputs(q, k, v, g, d_out, states, d_states, exact, **options)
+    walked = (gated_k, gated_q, d_out, scores, decay, d_final)
+    quads = serves_quads(q, g)
+    options = {"segments": segments, "every": 4 if quads else 2, "ends": initial, "interpret": interpret}
+    dv, d_initial, d_states = _walk(*walked, reverse=True, save=True, **options)
+    arrays, options = (q, k, v, g, d_out, states, d_states), {"scale": scale, "interpret": interpret}
+    if quads:
+        dq, dk, dg = backward_quads(*arrays, gated_q, gated_k, decay, exact, **options)
+    else:
+        dq, dk, dg = backward_pairs(*arrays, exact, at_edges=True, **options)
     return dq, dk, dv, dg, d_initial
 
 
-def _walk(read, write, x, scores, decay, start, *, segments, reverse=False, save=False, ends=True, interpret=False):
+def _walk(
+    read, write, x, scores, decay, start, *, segments, every, reverse=False, save=False, ends=True, interpret=False
+):
     """Walk rows from `start` [B, H, K, V] or None, cut into segments; return what `walk` does, but one end or None."""
     chunks = pl.cdiv(write.shape[1], CHUNK)
-    segment = chunks if segments == 1 else 2 * pl.cdiv(chunks, 2 * segments)  # even: every second state is kept
+    segment = chunks if segments == 1 else every * pl.cdiv(chunks, every * segments)
     common = {"reverse": reverse, "segment": segment, "interpret": interpret}
     starts = None if start is None else start[:, None]
     if segment < chunks:
         (written,) = walk(None, write, x, None, decay, None, **common)
         starts = _states_before(start, written, _decay_of_segments(decay, segment), reverse)
-    out, *others = walk(read, write, x, scores, decay, starts, save=save, ends=ends, **common)
+    out, *others = walk(read, write, x, scores, decay, starts, save=save, every=every, ends=ends, **common)
     end = others.pop(0)[:, 0 if reverse else -1] if ends else None
     return out, end, *others
 

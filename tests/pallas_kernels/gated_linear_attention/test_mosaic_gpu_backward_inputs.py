@@ -1,10 +1,11 @@
-"""The gradients of queries, keys and gates over pairs of chunks, in the interpreter, against float64."""
+"""The gradients of queries, keys and gates over pairs and groups of chunks, in the interpreter, against float64."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import backward_inputs
+from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_quads import backward_quads
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import BOUND, CHUNK, MIDDLE
 
 TIME, KEYS, VALUES, SCALE = 4 * CHUNK, 128, 64, 0.1
@@ -34,8 +35,8 @@ def relative_error(value, right):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # what is made of an exact pair at first
-@pytest.mark.parametrize("at_edges", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_bounded_and_exact_pairs_match_float64(at_edges):
+@pytest.mark.parametrize("by_groups", [False, True], ids=["pairs", "groups of four"])
+def test_bounded_and_exact_pairs_match_float64(by_groups):
     """The first pair of chunks is bounded; a reset makes the third chunk exact, and its pair is done again."""
     random = np.random.default_rng(0)
     normal = lambda *shape: random.standard_normal(shape)
@@ -47,17 +48,24 @@ def test_bounded_and_exact_pairs_match_float64(at_edges):
     halves = log_decay.reshape(-1, 2, MIDDLE + 1, KEYS).sum(axis=2)
     exact = (np.abs(halves) > BOUND).any(axis=(1, 2))
     assert exact.tolist() == [False, False, True, False]
-    starts, ends = states[: -1 : 2 * CHUNK], d_states[2 * CHUNK :: 2 * CHUNK]
-    if not at_edges:  # seen from the middle of their chunks, unless these are exact
+    flags = jnp.asarray(exact, jnp.int32)[None, None]
+    of_tokens = [bfloat16(x)[None, :, None] for x in (*arrays, g)]
+    q_, k_, v_, d_out_, g_ = of_tokens
+    in_head = lambda *many: [bfloat16(x)[None, None] for x in many]
+    if by_groups:
+        sums = np.maximum(log_decay, -1e9).reshape(-1, CHUNK, KEYS).cumsum(axis=1)
+        gated_q = SCALE * q * np.exp(sums).reshape(TIME, KEYS)
+        gated_k = k * np.exp(sums[:, -1:] - sums).reshape(TIME, KEYS)
+        gated = [bfloat16(x)[None, :, None] for x in (gated_q, gated_k)]
+        decay = jnp.asarray(np.exp(sums[:, -1]), jnp.float32)[None, None]
+        ends = in_head(states[:1], d_states[TIME:])
+        gradients = backward_quads(q_, k_, v_, (g_,), d_out_, *ends, *gated, decay, flags, scale=SCALE, interpret=True)
+    else:  # seen from the middle of their chunks, unless these are exact
+        starts, ends = states[: -1 : 2 * CHUNK], d_states[2 * CHUNK :: 2 * CHUNK]
         starts = starts * np.where(exact[::2, None], 1, np.exp(halves[::2, 0]))[..., None]
         ends = ends * np.where(exact[1::2, None], 1, np.exp(halves[1::2, 1]))[..., None]
-
-    q, k, v, d_out, g = (x[None, :, None] for x in (*arrays, g))
-    starts, ends = bfloat16(starts)[None, None], bfloat16(ends)[None, None]
-    flags = jnp.asarray(exact, jnp.int32)[None, None]
-    gradients = backward_inputs(
-        q, k, v, (g,), d_out, starts, ends, flags, scale=SCALE, at_edges=at_edges, interpret=True
-    )
+        options = {"scale": SCALE, "interpret": True}
+        gradients = backward_inputs(q_, k_, v_, (g_,), d_out_, *in_head(starts, ends), flags, **options)
     for name, gradient, right in zip(("dq", "dk", "dg"), gradients, expected, strict=True):
         for pair in range(2):
             tokens = slice(2 * pair * CHUNK, 2 * (pair + 1) * CHUNK)
