@@ -11,7 +11,8 @@ Hardware   one GPU
 Time       on an H100 2.5 ms a step for GLA of width 64 at 256 tokens, 3.8 for width 256 at 512, one learning rate
 Expect     so far (docs/results.md): attention 0.99 in a few epochs; GLA at 512 tokens and width 128 0.57 after 18 of
            the 64 epochs, its loss having begun to fall in the fifth. With all half-lives at 16 or 256 tokens, GLA at
-           256 tokens has 0.86 at width 64 and 0.99 at 128, and at 512 0.21 at width 64, chance at 128, and 0.87 at 256.
+           256 tokens has 0.86 at width 64 and 0.99 at 128, and at 512 0.21 at width 64, chance at 128, and 0.87 at 256,
+           with short convolutions 0.99 at 128.
            The paper's figure, read off to about 1 point, has for GLA eval/accuracy 0.99 at 256 everywhere, and 0.22,
            0.95, 1.00, 1.00 at 512.
 
