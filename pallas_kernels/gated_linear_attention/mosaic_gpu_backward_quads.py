@@ -1,21 +1,23 @@
-"""The parallel part of the backward pass of wide heads on Hopper, from states of every fourth chunk.
+"""The parallel part of the backward pass on Hopper, from states of every fourth chunk.
 
-A cluster of two thread blocks takes a group of four chunks and 128 key channels, block p = 0 the first two of the
-chunks and p = 1 the last two, as in `mosaic_gpu_backward_inputs`, whose algebra this is. Of a group, only S before the
-first chunk and dS after the last go through memory. Both blocks read both, and each makes the one that it lacks, slab
-by slab of value columns, in its place. With q~, k~ and a = e^{G_last} of `prepare`,
+A cluster of two thread blocks takes a group of four chunks and 128 key channels, block p = 0 the first two chunks and
+p = 1 the last two. The algebra of two chunks is that of `mosaic_gpu_backward_inputs`, with R_0 = e^{G_m} S from S at
+their start and dU_1 = e^{G_last - G_m} dS from dS at their end. Of a group, only S at its start and dS at its end go
+through memory. Both blocks read both, and each makes the one that it lacks, slab by slab of value columns, in place of
+the one that it does not use. With q~, k~ and a = e^{G_last} of `prepare`,
 
     p = 0    dS after chunk 1  = a_2 a_3 dS + q~_2^T do_2 + a_2 q~_3^T do_3
     p = 1    S before chunk 2  = a_0 a_1 S  + a_1 k~_0^T v_0 + k~_1^T v_1
 
 No exponent in these is positive, so exact chunks in the other half of a group do no harm.
 
-One warpgroup copies. The other two each take a chunk and all 128 channels: five or six products of the stream
-accumulate in their registers, and the first one makes the states. Two stages of shared memory hold what streams; then
-one of them holds queries and keys, and what is computed goes where room is.
+One warpgroup copies. The other two, with the registers that this leaves them, each take a chunk and all 128 channels:
+five or six products accumulate over the value columns, and in one of the two the states are made as well. What streams
+passes through two stages of shared memory; then one stage holds queries and keys, and what is computed goes where room
+is.
 
 All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
-it, from states of every other chunk: `rebuild_states` makes those that it lacks.
+it; it wants states of every other chunk, and `rebuild_states` makes those that it lacks.
 """
 
 import functools
@@ -63,15 +65,15 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
 _LOG2_E = math.log2(math.e)
 _STAGES, _TILES = 2, 10  # stages of shared memory, tiles of each
 _SLABS = 2  # of channels in a thread block
-# A stage of value columns: v of chunks 0, 1 and d_out of 2, 3 of the group, which both blocks read; what one alone
-# reads, d_out of 0, 1 or v of 2, 3; S and dS by slab.
-_V01, _DO23, _OWN, _R, _DU = 0, 2, 4, 6, 8
-# Afterwards, the first stage holds q, k and g of the first chunk; the last two tiles for each warpgroup, M_10 and M_11.
+# The first tiles of what is where, by slab and chunk unless said otherwise.
+# A stage of value columns: v of chunks 0 and 1 and d_out of 2 and 3 of the group, which both blocks read; what one
+# alone reads, d_out of 0 and 1 or v of 2 and 3; S and dS.
+_V01, _DO23, _OWN, _S, _DS = 0, 2, 4, 6, 8
+# After these, one stage holds q, k and the log decays of the first chunk, one two tiles to use, M_10 and M_11.
 _Q, _K, _G0 = 0, 4, 8
 _A, _B, _M1 = 0, 4, 8
-# Beside the stages: gated tiles, afterwards two tables and M_00; g of the second chunk and a table from the start.
-_GATED = 0
-_M0, _G1, _SHIFT = 2, 4, 6
+# Beside the stages: gated tiles, and once they are used two tables and M_00; log decays of the second chunk, a table.
+_GATED, _TO_HERE, _BEFORE, _M0, _G1, _SHIFTED = 0, 0, 1, 2, 4, 6
 _TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
@@ -116,7 +118,7 @@ def backward_quads(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         gated_q_ref, gated_k_ref, decay_ref,
         dq_ref, dk_ref, dg_ref,
-        stages_s, beside_s, select_s, whole_s, decays_s, dot_s, sums_s,
+        stages_s, beside_s, select_s, a_s, decays_s, dot_s, sums_s,
         gated_full, tables_full, constants_full, full, free, rebuilt, spent, streamed, gated, crossed, done,
     ):  # fmt: skip
         row, head, pair, block = (lax.axis_index(a) for a in "bhnk")
@@ -125,7 +127,7 @@ def backward_quads(
         group_index, p = lax.div(pair, 2), lax.rem(pair, 2)
         others = 4 * group_index + 2 * (1 - p)  # the first of the two chunks that the other block does
         beside = lambda first, count=1: beside_s.at[pl.ds(first * CHUNK, count * CHUNK)]
-        to_here_s, before_s, shift_s = (beside(i) for i in (0, 1, _SHIFT))
+        to_here_s, before_s, shift_s = (beside(i) for i in (_TO_HERE, _BEFORE, _SHIFTED))
         warpgroup = lax.axis_index("warpgroup")
         shared = "c" if share > 1 else None
         kv_head = lax.div(head, group)
@@ -133,8 +135,11 @@ def backward_quads(
         channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
         tiles = lambda stage, first, count=1: stages_s.at[stage, pl.ds(first * CHUNK, count * CHUNK)]
         at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
-        m_at = lambda index: beside(_M0) if isinstance(index, int) and index == 0 else tiles(last, _M1 + index - 1)
+        m_at = lambda index: tiles(last, _M1 + index - 1) if index else beside(_M0)
         g_at = lambda s, c: beside(_G1 + s) if c else tiles(of_keys, _G0 + s)
+        gated_at = lambda c, s: beside(_GATED + 2 * s + c)
+        column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
+        spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
@@ -154,7 +159,7 @@ def backward_quads(
             for c in range(2):
                 source = decay_ref.at[row, head, jnp.minimum(others + c, chunks - 1)]
                 all_channels = pl.ds(block * _SLABS * SLAB, _SLABS * SLAB)
-                plgpu.copy_gmem_to_smem(source.at[all_channels], whole_s.at[c], gated_full)
+                plgpu.copy_gmem_to_smem(source.at[all_channels], a_s.at[c], gated_full)
 
         def copy_gated(source_ref):
             for s in range(_SLABS):
@@ -173,8 +178,8 @@ def backward_quads(
             pl.when(p == 0)(lambda: copy(of_d_out(0), tiles(slot, _OWN, 2)))
             pl.when(p == 1)(lambda: copy(of_v(2), tiles(slot, _OWN, 2)))
             of_states = lambda ref: ref.at[row, head, group_index, pl.ds(block * _SLABS * SLAB, _SLABS * SLAB), columns]
-            copy(of_states(states_ref), tiles(slot, _R, _SLABS), collective_axes=shared)
-            copy(of_states(d_states_ref), tiles(slot, _DU, _SLABS), collective_axes=shared)
+            copy(of_states(states_ref), tiles(slot, _S, _SLABS), collective_axes=shared)
+            copy(of_states(d_states_ref), tiles(slot, _DS, _SLABS), collective_axes=shared)
             plgpu.barrier_arrive(full.at[slot])  # there are six copies of keys and gates
 
         def copy_keys():
@@ -190,10 +195,8 @@ def backward_quads(
                 source = decay_source(g_ref, row, 2 * pair + c, head, heads, block * _SLABS + s)
                 plgpu.copy_gmem_to_smem(source, g_at(s, c), on)
 
-        gated_at = lambda x, s: beside(_GATED + 2 * s + x)
-
         def decay_of(c, s, layout):  # a row may end within a group
-            value = plgpu.load(whole_s.at[c, pl.ds(s * SLAB, SLAB)], layout=layout, optimized=False)
+            value = plgpu.load(a_s.at[c, pl.ds(s * SLAB, SLAB)], layout=layout, optimized=False)
             return jnp.where(others + c < chunks, value, 1.0)
 
         def prepare_rebuilding():
@@ -201,7 +204,7 @@ def backward_quads(
             plgpu.barrier_wait(gated_full)
             for s in range(_SLABS):
                 far = gated_at(1 - p, s)
-                far[...] = (load(far) * lax.broadcast_in_dim(decay_of(p, s, COL), (CHUNK, SLAB), [1])).astype(BF16)
+                far[...] = (load(far) * spread(decay_of(p, s, COL))).astype(BF16)
             plgpu.commit_smem()
             return [decay_of(0, s, ROW) * decay_of(1, s, ROW) for s in range(_SLABS)]
 
@@ -209,7 +212,7 @@ def backward_quads(
             """Put the missing state in place of the saved one."""
             of_others = lambda x: tiles(slot, _DO23 - 2 * p + x)
             for s in range(_SLABS):
-                target = tiles(slot, _DU - 2 * p + s)
+                target = tiles(slot, _DS - 2 * p + s)
                 state = load(target) * along_rows(decays[s], (SLAB, SLAB))
                 products = [(gated_at(x, s).T, of_others(x)) for x in range(2)]
                 target[...] = add_matmuls(state, products).astype(BF16)
@@ -247,12 +250,12 @@ def backward_quads(
                     if c == 1:
                         plgpu.barrier_wait(rebuilt.at[slot])
                     for s in range(_SLABS):
-                        plgpu.wgmma(z[s], d_out_tile, of(_R + s).T)
+                        plgpu.wgmma(z[s], d_out_tile, of(_S + s).T)
                     for s in range(_SLABS):
-                        plgpu.wgmma(w[s], v_tile, of(_DU + s).T)
+                        plgpu.wgmma(w[s], v_tile, of(_DS + s).T)
                     if c == 1:
                         totals = tuple(
-                            t + jnp.sum(load(of(_R + s)) * load(of(_DU + s)), axis=1) for s, t in enumerate(totals)
+                            t + jnp.sum(load(of(_S + s)) * load(of(_DS + s)), axis=1) for s, t in enumerate(totals)
                         )
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
@@ -267,11 +270,6 @@ def backward_quads(
 
         def work(c):
             set_registers(CONSUMER, interpret)
-            column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
-            spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
-            exponents_of = lambda s: matmul((shift_s, g_at(s, c))) * _LOG2_E
-            q_of, k_of = (lambda s, d: at(of_keys, _Q, s, d)), (lambda s, d: at(of_keys, _K, s, d))
-
             # M goes to shared memory, and so does W, rounded
             m, zs, ws, totals = stream(c)
             plgpu.barrier_wait(tables_full)
@@ -292,7 +290,7 @@ def backward_quads(
             plgpu.barrier_wait(full.at[of_keys])
 
             def gate(s, _):
-                g_tile, q_tile, k_tile = g_at(s, c), q_of(s, c), k_of(s, c)
+                g_tile, q_tile, k_tile = g_at(s, c), at(of_keys, _Q, s, c), at(of_keys, _K, s, c)
 
                 def products(halves_of_g, d):
                     plgpu.wgmma(halves_of_g, g_tile.T, select_s.T)
@@ -307,21 +305,22 @@ def backward_quads(
                 q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
                 k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
 
-            lax.fori_loop(0, _SLABS, gate, None)  # loops, for the sake of the instruction cache
+            lax.fori_loop(0, _SLABS, gate, None)  # loops: twice the code would not fit the instruction cache
             plgpu.commit_smem()
             sync(gated)
             plgpu.barrier_wait(constants_full)
 
             def one_slab(s, zs):
-                finish(s, c, zs[0], exponents_of, column, spread)
+                finish(s, c, zs[0])
                 return zs[1], zs[1]
 
             lax.fori_loop(0, _SLABS, one_slab, tuple(zs))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def finish(s, c, z, exponents_of, column, spread):
+        def finish(s, c, z):
+            """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
             g_tile = g_at(s, c)
-            exponents = lambda: exponents_of(s)
+            exponents = lambda: matmul((shift_s, g_at(s, c))) * _LOG2_E
             q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
             a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
             to_end = lambda: column(decays_s.at[s, 1, _FROM_MIDDLE])
@@ -412,7 +411,7 @@ def backward_quads(
             tile(_STAGES, _TILES * CHUNK, SLAB),
             tile(7 * CHUNK, SLAB),
             tile(8, CHUNK),
-            plgpu.SMEM((2, _SLABS * SLAB), F32),  # whole_s
+            plgpu.SMEM((2, _SLABS * SLAB), F32),  # a_s
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
             plgpu.SMEM((_SLABS, SLAB), F32),  # dot_s
             plgpu.SMEM((_SLABS, 2, SLAB), F32),  # sums_s
