@@ -18,7 +18,7 @@ from gla_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from gla_jax.interop import export_model, import_model
 from gla_jax.interop.folder import flatten, open_model
 from gla_jax.interop.safetensors import FolderWriter, open_folder
-from gla_jax.interop.translation import read_config
+from gla_jax.interop.translation import read_config, write_config
 from gla_jax.loading import load_config
 from gla_jax.parallel.mesh import make_mesh
 from gla_jax.training.workdir import read_config as read_run_config
@@ -282,6 +282,13 @@ def test_models_that_no_library_has(options, architecture, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence):
         export_model(tmp_path / "run", tmp_path / "out", architecture=architecture)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_how_a_model_began_is_not_written():
+    settings = as_dict(read_config(FIXTURES / "gla_tied")[0])
+    plain = write_config(build(settings), "gla", "float32")
+    settings["model"]["mixers"]["gla"]["longest_half_life"] = 64.0
+    assert write_config(build(settings), "gla", "float32") == plain
 
 
 def test_nothing_is_written_over(tmp_path):
