@@ -51,7 +51,8 @@ def as_rows(inputs: jax.Array, out_sharding: PartitionSpec | None) -> tuple[jax.
     """
     if axis_size("time") > 1:
         return inputs, out_sharding
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    # jax 0.11 can't reshape away an axis of length 1 where gradients are to be summed over devices
+    rows = inputs.squeeze(1) if inputs.shape[1] == 1 else inputs.reshape(-1, inputs.shape[-1])
     return rows, None if out_sharding is None else PartitionSpec(out_sharding[0], out_sharding[-1])
 
 
