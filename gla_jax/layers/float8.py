@@ -132,10 +132,8 @@ def _gated(types: tuple[_Type, ...], x: jax.Array, gate: jax.Array, up: jax.Arra
 
 
 def _forward_gated(types: tuple[_Type, ...], x: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, Any]:
-    rounded = round_to(x, VALUES)
-    kernels = round_to(gate, VALUES), round_to(up, VALUES)
-    products = tuple(_multiply(rounded, kernel, ((x.ndim - 1,), (0,)), types[0]) for kernel in kernels)
-    kept = rounded, kernels, products, tuple(_largest(product) for product in products)
+    products, rounded = _forward(types, x, (gate, up))
+    kept = *rounded, products, tuple(_largest(product) for product in products)
     return _swish_times(*products).astype(x.dtype), kept
 
 
