@@ -25,8 +25,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
@@ -36,11 +34,13 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     CHUNK,
     COL,
     F32,
+    LOG2_E,
     SHIFTED,
     SLAB,
     UP_TO_HERE,
     add_matmul,
     barrier,
+    begin_apart,
     constants,
     decay_source,
     first_columns,
@@ -54,7 +54,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     zero_row,
 )
 
-_LOG2_E = math.log2(math.e)
 _STAGES, _TILES = 3, 8  # stages of shared memory, tiles of each
 _SLABS = 2  # of channels in a thread block
 # The first tiles of what a stage holds. Of value columns: d_out and v by chunk, R and dU by slab.
@@ -63,7 +62,6 @@ _D_OUT, _V, _R, _DU = 0, 2, 4, 6
 _Q, _K = 0, 4
 _G, _M = 0, 4
 _A, _B = 0, 4
-_GROUPS, _APART = 4, 5800  # groups of clusters that begin apart, and by how many clocks; 3.3 us
 _TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
@@ -86,29 +84,6 @@ def backward_inputs(q, k, v, g, d_out, states, d_states, exact, *, scale, interp
     if q.shape[-1] != _SLABS * SLAB or len(g) > 1:
         return exactly()
     return _bounded(*arrays, redo=exactly, scale=scale, interpret=interpret)
-
-
-def begin_apart(cluster, at_once):
-    """Wait in the first clusters, which start together: each of `_GROUPS` of them some time after the one before.
-
-    A block first reads for about two thirds of its time and then computes and writes. Blocks that all do so at the same
-    time leave the memory idle in between.
-    """
-
-    @plgpu.inline_mgpu()
-    def spin(_):
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            [],
-            "{ .reg .pred p; .reg .u64 start, now; mov.u64 start, %clock64; "
-            "again_${:uid}: mov.u64 now, %clock64; sub.u64 now, now, start; "
-            f"setp.lt.u64 p, now, {_APART}; @p bra again_${{:uid}}; }}",
-            "",
-            has_side_effects=True,
-        )
-
-    times = jnp.where(cluster < at_once, lax.rem(cluster, _GROUPS), 0)
-    lax.fori_loop(0, times, lambda *_: spin(), None)
 
 
 def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
@@ -207,7 +182,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             g_tile = at(of_gates, _G, s, c)
             q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
             a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
-            exponents = lambda: matmul((shift_s, g_tile)) * _LOG2_E
+            exponents = lambda: matmul((shift_s, g_tile)) * LOG2_E
             column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
             spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
             between = lambda: column(decays_s.at[s, 0, _FROM_MIDDLE]) * column(decays_s.at[s, 1, _TO_MIDDLE])
@@ -252,7 +227,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
             for index, x in enumerate(first_columns(halves_of_g)):
                 decays_s.at[s, c, index][...] = jnp.exp(x)
-            d = d * _LOG2_E
+            d = d * LOG2_E
             plgpu.barrier_wait(full.at[of_keys])
             q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
             k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
@@ -290,8 +265,8 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
 
         @pl.when(warpgroup == 1)
         def _first():
-            if batch * heads * chunks // 2 >= 4 * MULTIPROCESSORS and not interpret:
-                begin_apart(row + batch * (head + heads * pair), MULTIPROCESSORS)
+            number = row + batch * (head + heads * pair)
+            begin_apart(number, batch * heads * chunks // 2, at_once=MULTIPROCESSORS, interpret=interpret)
             fill(0)
             copy_constants()
             for j in range(1, _STAGES):

@@ -29,7 +29,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
-from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_inputs import begin_apart
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_rebuild import rebuild_states
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
@@ -39,6 +38,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     COL,
     CONSUMER,
     F32,
+    LOG2_E,
     PRODUCER,
     ROW,
     SHIFTED,
@@ -48,6 +48,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     add_matmul,
     along_rows,
     barrier,
+    begin_apart,
     constants,
     decay_source,
     first_columns,
@@ -62,7 +63,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     zero_row,
 )
 
-_LOG2_E = math.log2(math.e)
 _STAGES, _TILES = 2, 10  # stages of shared memory, tiles of each
 _SLABS = 2  # of channels in a thread block
 # The first tiles of what is where, by slab and chunk unless said otherwise.
@@ -301,7 +301,7 @@ def backward_quads(
                 halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
                 for index, x in enumerate(first_columns(halves_of_g)):
                     decays_s.at[s, c, index][...] = jnp.exp(x)
-                d = d * _LOG2_E
+                d = d * LOG2_E
                 q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
                 k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
 
@@ -320,7 +320,7 @@ def backward_quads(
         def finish(s, c, z):
             """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
             g_tile = g_at(s, c)
-            exponents = lambda: matmul((shift_s, g_at(s, c))) * _LOG2_E
+            exponents = lambda: matmul((shift_s, g_at(s, c))) * LOG2_E
             q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
             a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
             to_end = lambda: column(decays_s.at[s, 1, _FROM_MIDDLE])
@@ -373,8 +373,8 @@ def backward_quads(
         @pl.when(warpgroup == 2)
         def _copies():
             set_registers(PRODUCER, interpret)
-            if batch * heads * groups * key_tiles >= 4 * at_once and not interpret:
-                begin_apart(block + key_tiles * (group_index + groups * (head + heads * row)), at_once)
+            number = block + key_tiles * (group_index + groups * (head + heads * row))
+            begin_apart(number, batch * heads * groups * key_tiles, at_once=at_once, interpret=interpret)
             pl.when(p == 0)(lambda: copy_gated(gated_q_ref))
             pl.when(p == 1)(lambda: copy_gated(gated_k_ref))
 

@@ -18,6 +18,7 @@ exponents of a level are again a product W_l g with 0/1 entries, so nothing canc
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ MIDDLE = 31  # the reference row
 SLAB = 64  # key channels handled at once: one 128-byte swizzle
 LEVELS = 7
 BOUND = 60.0  # on |D|: e^60 leaves room for sums in float32
+LOG2_E = math.log2(math.e)
 LEAST_LOG_DECAY = -128.0  # exp is 0 in float32 here and below; keeps -inf out of products with 0
+_GROUPS, _APART = 4, 5800  # groups of clusters that begin apart, and by how many clocks; 3.3 us
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 WGMMA, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
@@ -123,6 +126,33 @@ def set_registers(count, interpret):
     """Give the warpgroup its registers: more than it was started with, or for the one that only copies less."""
     if not interpret:
         plgpu.set_max_registers(count, action="decrease" if count == PRODUCER else "increase")
+
+
+def begin_apart(number, clusters, *, at_once, interpret):
+    """Wait in the first clusters, which start together: each of `_GROUPS` of them some time after the one before.
+
+    Of all `clusters` this is the one of that `number`, in the order in which they start, `at_once` of them together.
+
+    A block first reads for about two thirds of its time and then computes and writes. Blocks that all do so at the same
+    time leave the memory idle in between. Where there are few, the wait is not made up for.
+    """
+    if clusters < 4 * at_once or interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def spin(_):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [],
+            "{ .reg .pred p; .reg .u64 start, now; mov.u64 start, %clock64; "
+            "again_${:uid}: mov.u64 now, %clock64; sub.u64 now, now, start; "
+            f"setp.lt.u64 p, now, {_APART}; @p bra again_${{:uid}}; }}",
+            "",
+            has_side_effects=True,
+        )
+
+    times = jnp.where(number < at_once, lax.rem(number, _GROUPS), 0)
+    lax.fori_loop(0, times, lambda *_: spin(), None)
 
 
 def load(ref):

@@ -25,6 +25,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     COL,
     CONSUMER,
     F32,
+    LOG2_E,
     MIDDLE,
     PRODUCER,
     SHIFTED,
@@ -147,7 +148,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
 
             def scaled_exp(x):
                 """Return scale e^x, the scale in the exponent: e^x takes a product anyway, this a multiply-add."""
-                return jnp.exp2(x * math.log2(math.e) + math.log2(scale))
+                return jnp.exp2(x * LOG2_E + math.log2(scale))
 
             def wait_for_scores(n):
                 pl.when(n >= 1)(lambda: plgpu.barrier_wait(a_free))
