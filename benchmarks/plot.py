@@ -1,6 +1,6 @@
 """Draw what `training.py`, `layers.py` or `decode.py` measured.
 
-    python benchmarks/plot.py layers.json layers.png
+    python benchmarks/plot.py benchmarks/layers_h100.json docs/layers.png
 
 Needs matplotlib (extra `plot`).
 """
@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 XLABELS = {
     "shape": "rows x tokens of a step",
@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         axis.set_yscale("log" if title.startswith(("decoding", "forward")) else "linear")
         if axis.get_yscale() == "linear":
             axis.set_ylim(bottom=0)
+        else:
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(ticker.LogFormatter())
         axis.set_title(f"{title} ({report['device']})", fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
