@@ -266,7 +266,8 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
         @pl.when(warpgroup == 1)
         def _first():
             number = row + batch * (head + heads * pair)
-            begin_apart(number, batch * heads * chunks // 2, at_once=MULTIPROCESSORS, interpret=interpret)
+            pairs = batch * heads * chunks // 2
+            begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=8, clocks=2900, interpret=interpret)
             fill(0)
             copy_constants()
             for j in range(1, _STAGES):

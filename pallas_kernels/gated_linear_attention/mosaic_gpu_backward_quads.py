@@ -374,7 +374,8 @@ def backward_quads(
         def _copies():
             set_registers(PRODUCER, interpret)
             number = block + key_tiles * (group_index + groups * (head + heads * row))
-            begin_apart(number, batch * heads * groups * key_tiles, at_once=at_once, interpret=interpret)
+            clusters = batch * heads * groups * key_tiles
+            begin_apart(number, clusters, at_once=at_once, groups=8, clocks=5800, interpret=interpret)
             pl.when(p == 0)(lambda: copy_gated(gated_q_ref))
             pl.when(p == 1)(lambda: copy_gated(gated_k_ref))
 

@@ -40,7 +40,6 @@ LEVELS = 7
 BOUND = 60.0  # on |D|: e^60 leaves room for sums in float32
 LOG2_E = math.log2(math.e)
 LEAST_LOG_DECAY = -128.0  # exp is 0 in float32 here and below; keeps -inf out of products with 0
-_GROUPS, _APART = 4, 5800  # groups of clusters that begin apart, and by how many clocks; 3.3 us
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 WGMMA, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
@@ -128,13 +127,13 @@ def set_registers(count, interpret):
         plgpu.set_max_registers(count, action="decrease" if count == PRODUCER else "increase")
 
 
-def begin_apart(number, clusters, *, at_once, interpret):
-    """Wait in the first clusters, which start together: each of `_GROUPS` of them some time after the one before.
+def begin_apart(number, clusters, *, at_once, groups, clocks, interpret):
+    """Wait in the first clusters, which start together: each of `groups` of them `clocks` after the one before.
 
     Of all `clusters` this is the one of that `number`, in the order in which they start, `at_once` of them together.
 
-    A block first reads for about two thirds of its time and then computes and writes. Blocks that all do so at the same
-    time leave the memory idle in between. Where there are few, the wait is not made up for.
+    A block first reads for much of its time and then computes and writes. Blocks that all do so at the same time leave
+    the memory idle in between. Where there are few, the wait is not made up for.
     """
     if clusters < 4 * at_once or interpret:
         return
@@ -146,12 +145,12 @@ def begin_apart(number, clusters, *, at_once, interpret):
             [],
             "{ .reg .pred p; .reg .u64 start, now; mov.u64 start, %clock64; "
             "again_${:uid}: mov.u64 now, %clock64; sub.u64 now, now, start; "
-            f"setp.lt.u64 p, now, {_APART}; @p bra again_${{:uid}}; }}",
+            f"setp.lt.u64 p, now, {clocks}; @p bra again_${{:uid}}; }}",
             "",
             has_side_effects=True,
         )
 
-    times = jnp.where(number < at_once, lax.rem(number, _GROUPS), 0)
+    times = jnp.where(number < at_once, lax.rem(number, groups), 0)
     lax.fori_loop(0, times, lambda *_: spin(), None)
 
 

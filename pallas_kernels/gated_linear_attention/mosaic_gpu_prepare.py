@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BEFORE,
     BF16,
@@ -24,6 +25,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     WGMMA,
     add_matmul,
     barrier,
+    begin_apart,
     clamp_log_decay,
     constants,
     decay_source,
@@ -145,6 +147,8 @@ def prepare(q, k, g, *, scale, interpret=False):
             plgpu.wait_smem_to_gmem(0)
             return a
 
+        number, blocks = head + heads * (n + chunks * row), batch * chunks * heads
+        begin_apart(number, blocks, at_once=2 * MULTIPROCESSORS, groups=4, clocks=2900, interpret=interpret)
         for s in range(min(STAGES, slabs)):
             fetch(s, s)
         plgpu.copy_gmem_to_smem(select_ref, select_s, constants_ready)
