@@ -20,6 +20,7 @@ from gla_jax.layers.linear import Linear, linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
 from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding
+from pallas_kernels.target import target
 
 _LAYER_INPUT = "layer_input"
 REMAT_POLICIES: dict[str, Any] = {
@@ -66,9 +67,36 @@ class Embedding(nnx.Module):
         # The table is cast after the look-up, so that the gradients of a frequent token are summed in float32.
         with jax.named_scope("embed"):
             table = gather_weight(self.embedding[...], "vocab", "embed")
+            if not in_mesh() and target().platform == "gpu":
+                return look_up(table, input_ids).astype(self.dtype)
             sharding = out_sharding("batch", "time", "hidden") if in_mesh() else None
             rows = table.at[input_ids].get(mode="fill", fill_value=jnp.nan, out_sharding=sharding)
             return rows.astype(self.dtype)
+
+
+@jax.custom_vjp
+def look_up(table: jax.Array, input_ids: jax.Array) -> jax.Array:
+    """Return the rows of a table [vocab, D] for input_ids [B, T], with a gradient that sorts the tokens.
+
+    A GPU adds the gradients of tokens to rows by atomics, and those of a frequent token wait for each other. Where
+    it is told that tokens are sorted, it adds neighbours in registers first.
+    """
+    return table.at[input_ids].get(mode="fill", fill_value=jnp.nan)
+
+
+def _look_up_forward(table: jax.Array, input_ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return look_up(table, input_ids), (input_ids, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    input_ids, empty_table = saved
+    ids, rows = input_ids.reshape(-1), gradient.reshape(-1, gradient.shape[-1])
+    order = jnp.argsort(ids)
+    zeros = jnp.zeros((empty_table.shape[0], rows.shape[1]), empty_table.dtype)
+    return zeros.at[ids[order]].add(rows[order].astype(zeros.dtype), mode="drop", indices_are_sorted=True), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Block(nnx.Module):

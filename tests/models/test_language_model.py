@@ -7,7 +7,7 @@ import pytest
 
 from gla_jax.config import ConfigError, DtypeConfig, MeshConfig, ModelConfig
 from gla_jax.layers import MIXERS, GatedLinearAttention
-from gla_jax.models import abstract_model, bind, split_layers, stack_layers
+from gla_jax.models import abstract_model, bind, language_model, split_layers, stack_layers
 from gla_jax.parallel.mesh import make_mesh
 from gla_jax.parallel.sharding import shard
 
@@ -201,6 +201,17 @@ def test_gradients_of_frequent_tokens_are_summed_in_float32():
     embed = lambda params, ids: jnp.sum(bind(graphdef, params).embed(ids).astype(jnp.float32))
     gradient = jax.grad(embed)(params, jnp.zeros((4, 250), jnp.int32))
     np.testing.assert_array_equal(gradient["embed"]["embedding"][0], 1000)  # bfloat16 stops counting at 256
+
+
+def test_sorting_tokens_changes_no_gradient_of_the_table():
+    random = np.random.default_rng(0)
+    table, wanted = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((11, 5), (2, 4, 9, 5)))
+    ids = random.choice(11, (4, 9), p=[0.5, *[0.05] * 10])
+    gradient = lambda wanted: jax.vjp(lambda table: language_model.look_up(table, ids), table)[1](wanted)[0]
+    expected = np.zeros((2, 11, 5))
+    np.add.at(expected, (slice(None), ids), wanted)
+    np.testing.assert_allclose(jax.vmap(gradient)(wanted), expected, atol=1e-5)
+    np.testing.assert_array_equal(language_model.look_up(table, ids), table[ids])
 
 
 def test_a_token_outside_the_vocabulary_is_not_taken_for_another():
