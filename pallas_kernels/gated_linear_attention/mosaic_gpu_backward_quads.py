@@ -12,9 +12,10 @@ the one that it does not use. With q~, k~ and a = e^{G_last} of `prepare`,
 No exponent in these is positive, so exact chunks in the other half of a group do no harm.
 
 One warpgroup copies. The other two, with the registers that this leaves them, each take a chunk and all 128 channels:
-five or six products accumulate over the value columns, and in one of the two the states are made as well. What streams
-passes through two stages of shared memory; then one stage holds queries and keys, and what is computed goes where room
-is.
+sums over the value columns accumulate, and in one of the two the states are made as well, while the other goes on with
+the products that need none. What streams passes through two stages of shared memory; then one stage holds queries and
+keys, and what is computed goes where room is. From there on both chunks run the same code: with a copy for each,
+instructions come too slowly.
 
 All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
 it; it wants states of every other chunk, and `rebuild_states` makes those that it lacks.
@@ -64,6 +65,8 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
 )
 
 _STAGES, _TILES = 2, 10  # stages of shared memory, tiles of each
+_BESIDE = _STAGES * _TILES  # the first tile after the stages
+_AHEAD = 2  # value columns from what is fetched to what is asked of the memory
 _SLABS = 2  # of channels in a thread block
 # The first tiles of what is where, by slab and chunk unless said otherwise.
 # A stage of value columns: v of chunks 0 and 1 and d_out of 2 and 3 of the group, which both blocks read; what one
@@ -118,7 +121,7 @@ def backward_quads(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         gated_q_ref, gated_k_ref, decay_ref,
         dq_ref, dk_ref, dg_ref,
-        stages_s, beside_s, select_s, a_s, decays_s, dot_s, sums_s,
+        buffer_s, select_s, a_s, decays_s, dot_s, sums_s,
         gated_full, tables_full, constants_full, full, free, rebuilt, spent, streamed, gated, crossed, done,
     ):  # fmt: skip
         row, head, pair, block = (lax.axis_index(a) for a in "bhnk")
@@ -126,17 +129,18 @@ def backward_quads(
             pair = 2 * pair + lax.axis_index("c")
         group_index, p = lax.div(pair, 2), lax.rem(pair, 2)
         others = 4 * group_index + 2 * (1 - p)  # the first of the two chunks that the other block does
-        beside = lambda first, count=1: beside_s.at[pl.ds(first * CHUNK, count * CHUNK)]
+        part = lambda first, count=1: buffer_s.at[pl.ds(first * CHUNK, count * CHUNK)]
+        beside = lambda first, count=1: part(_BESIDE + first, count)
         to_here_s, before_s, shift_s = (beside(i) for i in (_TO_HERE, _BEFORE, _SHIFTED))
         warpgroup = lax.axis_index("warpgroup")
         shared = "c" if share > 1 else None
         kv_head = lax.div(head, group)
         tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
         channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
-        tiles = lambda stage, first, count=1: stages_s.at[stage, pl.ds(first * CHUNK, count * CHUNK)]
+        tiles = lambda stage, first, count=1: part(stage * _TILES + first, count)
         at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
-        m_at = lambda index: tiles(last, _M1 + index - 1) if index else beside(_M0)
-        g_at = lambda s, c: beside(_G1 + s) if c else tiles(of_keys, _G0 + s)
+        m_at = lambda index: part(jnp.where(index == 0, _BESIDE + _M0, last * _TILES + _M1 + index - 1))
+        g_at = lambda s, c: part(jnp.where(c == 0, of_keys * _TILES + _G0, _BESIDE + _G1) + s)
         gated_at = lambda c, s: beside(_GATED + 2 * s + c)
         column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
         spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
@@ -167,20 +171,35 @@ def backward_quads(
                 plgpu.copy_gmem_to_smem(source, beside(_GATED + 2 * s, 2), gated_full)
             copy_decays()
 
-        def copy_values(j):
-            slot, columns = lax.rem(j, _STAGES), pl.ds(j * SLAB, SLAB)
-            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
+        def sources(j):
+            """Return what the value columns j have for both blocks, with its place in a stage, and what for each."""
+            columns = pl.ds(j * SLAB, SLAB)
             two = lambda first: pl.ds((4 * group_index + first) * CHUNK, 2 * CHUNK)
             of_v = lambda first: v_ref.at[row, two(first), kv_head].at[:, columns]
             of_d_out = lambda first: d_out_ref.at[row, two(first), head].at[:, columns]
-            copy(of_v(0), tiles(slot, _V01, 2), collective_axes=shared)
-            copy(of_d_out(2), tiles(slot, _DO23, 2), collective_axes=shared)
-            pl.when(p == 0)(lambda: copy(of_d_out(0), tiles(slot, _OWN, 2)))
-            pl.when(p == 1)(lambda: copy(of_v(2), tiles(slot, _OWN, 2)))
             of_states = lambda ref: ref.at[row, head, group_index, pl.ds(block * _SLABS * SLAB, _SLABS * SLAB), columns]
-            copy(of_states(states_ref), tiles(slot, _S, _SLABS), collective_axes=shared)
-            copy(of_states(d_states_ref), tiles(slot, _DS, _SLABS), collective_axes=shared)
+            both = (of_v(0), _V01), (of_d_out(2), _DO23), (of_states(states_ref), _S), (of_states(d_states_ref), _DS)
+            return both, (of_d_out(0), of_v(2))
+
+        def copy_values(j):
+            slot = lax.rem(j, _STAGES)
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[slot])
+            both, own = sources(j)
+            for source, first in both:
+                copy(source, tiles(slot, first, 2), collective_axes=shared)
+            for index, source in enumerate(own):
+                pl.when(p == index)(functools.partial(copy, source, tiles(slot, _OWN, 2)))
             plgpu.barrier_arrive(full.at[slot])  # there are six copies of keys and gates
+
+        def prefetch_values(j):
+            """Ask the memory for value columns before there is room for them, so that they then come from the cache."""
+            if interpret:
+                return
+            both, own = sources(j)
+            for source, _ in both:
+                plgpu.async_prefetch(source, collective_axes=shared)
+            for index, source in enumerate(own):
+                pl.when(p == index)(functools.partial(plgpu.async_prefetch, source))
 
         def copy_keys():
             copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[of_keys])
@@ -229,34 +248,35 @@ def backward_quads(
             return lax.optimization_barrier(pl.run_state(go)(plgpu.ACC.init(x)))
 
         def stream(c):
-            """Sum the products over the value columns: M of the chunks, Z, W, and s."""
+            """Sum over the value columns: M of the chunks, Z and W, of the saved state first, and s."""
             if c == 0:
                 decays = prepare_rebuilding()
 
             def accumulate(*sums):
-                m, z, w = sums[:-4], sums[-4:-2], sums[-2:]
+                m, of_saved, of_made = sums
 
                 def one(j, totals):
                     slot = lax.rem(j, _STAGES)
-                    of = lambda index: tiles(slot, index)
+                    d_out_first, v_first = _OWN - 2 * p, 4 * p  # of the block's own chunks
                     plgpu.barrier_wait(full.at[slot])
-                    d_out_tile, v_tile = of(_OWN - 2 * p + c), of(4 * p + c)
                     if c == 0:
                         rebuild(slot, decays)
                         plgpu.barrier_arrive(rebuilt.at[slot])
                         pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
-                    for x in range(c + 1):
-                        plgpu.wgmma(m[x], d_out_tile, of(4 * p + x).T)
+
+                    def add(accumulator, of_d_out):
+                        read = jnp.where(of_d_out, d_out_first, v_first) + c
+                        state = jnp.where(of_d_out, _S, _DS)
+                        plgpu.wgmma(accumulator, tiles(slot, read), tiles(slot, state, _SLABS).T)
+
+                    plgpu.wgmma(m, tiles(slot, d_out_first + c), tiles(slot, v_first, c + 1).T)
+                    add(of_saved, p == 0)
                     if c == 1:
                         plgpu.barrier_wait(rebuilt.at[slot])
-                    for s in range(_SLABS):
-                        plgpu.wgmma(z[s], d_out_tile, of(_S + s).T)
-                    for s in range(_SLABS):
-                        plgpu.wgmma(w[s], v_tile, of(_DS + s).T)
+                    add(of_made, p == 1)
                     if c == 1:
-                        totals = tuple(
-                            t + jnp.sum(load(of(_S + s)) * load(of(_DS + s)), axis=1) for s, t in enumerate(totals)
-                        )
+                        products = [load(tiles(slot, _S + s)) * load(tiles(slot, _DS + s)) for s in range(_SLABS)]
+                        totals = tuple(t + jnp.sum(x, axis=1) for t, x in zip(totals, products, strict=True))
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
@@ -265,13 +285,15 @@ def backward_quads(
                 totals = lax.fori_loop(0, value_tiles, one, (zero_row(), zero_row()) if c == 1 else ())
                 return *(x[...] for x in sums), *totals
 
-            r = lax.optimization_barrier(pl.run_scoped(accumulate, *[plgpu.ACC((CHUNK, SLAB), F32)] * (5 + c)))
-            return r[: c + 1], r[c + 1 : c + 3], r[c + 3 : c + 5], r[c + 5 :]
+            wide = plgpu.ACC((CHUNK, _SLABS * SLAB), F32)
+            sums = wide if c else plgpu.ACC((CHUNK, SLAB), F32), wide, wide
+            m, of_saved, of_made, *totals = lax.optimization_barrier(pl.run_scoped(accumulate, *sums))
+            parts = lambda x: tuple(x[:, i : i + SLAB] for i in range(0, x.shape[1], SLAB))
+            return parts(m), parts(of_saved), parts(of_made), totals
 
-        def work(c):
-            set_registers(CONSUMER, interpret)
-            # M goes to shared memory, and so does W, rounded
-            m, zs, ws, totals = stream(c)
+        def start(c):
+            """Stream, and put M and W, rounded, in shared memory; return Z."""
+            m, of_saved, of_made, totals = stream(c)
             plgpu.barrier_wait(tables_full)
             sync(streamed)
             iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
@@ -284,7 +306,13 @@ def backward_quads(
                 for s in range(_SLABS):
                     dot_s.at[s][...] = totals[s]
             for s in range(_SLABS):
-                at(last, _B, s, c)[...] = ws[s].astype(BF16)
+                at(last, _B, s, c)[...] = jnp.where(p == 0, of_made[s], of_saved[s]).astype(BF16)
+            return lax.cond(p == 0, lambda: of_saved, lambda: of_made)
+
+        def work():
+            set_registers(CONSUMER, interpret)
+            c = warpgroup
+            zs = lax.cond(c == 0, functools.partial(start, 0), functools.partial(start, 1))
 
             # q', k' and the decays
             plgpu.barrier_wait(full.at[of_keys])
@@ -305,7 +333,7 @@ def backward_quads(
                 q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
                 k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
 
-            lax.fori_loop(0, _SLABS, gate, None)  # loops: twice the code would not fit the instruction cache
+            lax.fori_loop(0, _SLABS, gate, None)
             plgpu.commit_smem()
             sync(gated)
             plgpu.barrier_wait(constants_full)
@@ -343,14 +371,20 @@ def backward_quads(
 
             # what goes from one chunk to the other
             z = z * spread(from_start())
-            if c == 0:
-                w = load_w()
-                put_sums(load(k_tile) * w, 1)
-                w = add_matmul(w, m_at(1).T, other_q, interpret=interpret) * spread(between())
-                b_tile[...] = w.astype(BF16)
-            else:
-                put_sums(load(q_tile) * z, 0)
-                z = add_matmul(z, m_at(1), other_k, interpret=interpret) * spread(between())
+            x = jnp.where(c == 0, load_w(), z)
+            put_sums(load(at(of_keys, jnp.where(c == 0, _K, _Q), s, c)) * x, 1 - c)
+            x = lax.cond(
+                c == 0,
+                lambda x: add_matmul(x, m_at(1).T, other_q, interpret=interpret),
+                lambda x: add_matmul(x, m_at(1), other_k, interpret=interpret),
+                x,
+            ) * spread(between())
+
+            @pl.when(c == 0)
+            def _():
+                b_tile[...] = x.astype(BF16)
+
+            z = jnp.where(c == 0, z, x)
             plgpu.barrier_arrive(crossed.at[s])
 
             # dq, dk, and of dg the products of both sides, whose large parts cancel
@@ -362,7 +396,7 @@ def backward_quads(
             plgpu.barrier_wait(crossed.at[s])  # the other chunk has read this one's q' and k'
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             put_split(product, a_tile, q_tile)
-            y = load(b_tile) if c == 0 else load_w()
+            y = load(b_tile) * jnp.where(c == 0, 1.0, spread(to_end()))
             b_tile[...] = (load(k_tile) * y).astype(BF16)
             put((y + y_m) * jnp.exp2(-exponents()), k_tile, dk_ref)
 
@@ -387,13 +421,13 @@ def backward_quads(
                 pl.when(j == value_tiles + 1)(constants_when_spent)
                 pl.when(j >= _STAGES)(lambda: plgpu.barrier_wait(free.at[lax.rem(j, _STAGES)]))
                 pl.when(j < value_tiles)(lambda: copy_values(j))
+                pl.when(j + _AHEAD < value_tiles)(lambda: prefetch_values(j + _AHEAD))
                 pl.when(j == 1)(copy_tables)
                 pl.when(j == value_tiles)(copy_keys)
 
             lax.fori_loop(0, value_tiles + _STAGES, fill, None)
 
-        for c in range(2):
-            pl.when(warpgroup == c)(functools.partial(work, c))
+        pl.when(warpgroup < 2)(work)
         sync(done)  # no warpgroup leaves while another still issues matrix products
 
     free = barrier(2, _STAGES)
@@ -409,8 +443,7 @@ def backward_quads(
         grid=(batch, heads, 2 * groups // share, key_tiles),
         grid_names=tuple("bhnk"),  # the last runs fastest: blocks that read the same v and d_out
         scratch_types=[
-            tile(_STAGES, _TILES * CHUNK, SLAB),
-            tile(7 * CHUNK, SLAB),
+            tile((_BESIDE + 7) * CHUNK, SLAB),  # one buffer, so that the chunk may choose between places in it
             tile(8, CHUNK),
             plgpu.SMEM((2, _SLABS * SLAB), F32),  # a_s
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
