@@ -267,7 +267,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
         def _first():
             number = row + batch * (head + heads * pair)
             pairs = batch * heads * chunks // 2
-            begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=8, clocks=2900, interpret=interpret)
+            begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=6, clocks=5800, interpret=interpret)
             fill(0)
             copy_constants()
             for j in range(1, _STAGES):

@@ -148,7 +148,7 @@ def prepare(q, k, g, *, scale, interpret=False):
             return a
 
         number, blocks = head + heads * (n + chunks * row), batch * chunks * heads
-        begin_apart(number, blocks, at_once=2 * MULTIPROCESSORS, groups=4, clocks=2900, interpret=interpret)
+        begin_apart(number, blocks, at_once=2 * MULTIPROCESSORS, groups=4, clocks=2000, interpret=interpret)
         for s in range(min(STAGES, slabs)):
             fetch(s, s)
         plgpu.copy_gmem_to_smem(select_ref, select_s, constants_ready)
