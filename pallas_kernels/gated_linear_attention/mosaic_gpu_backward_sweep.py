@@ -58,6 +58,9 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     zeros,
 )
 
+# Where the tiles of one chunk begin in `tiles_s`: q', k', A, M, dU, dq and dk, then dv, then the three parts of dg.
+_DV, _PARTS, _TILES = 7, 8, 11
+
 
 def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, initial, interpret=False):
     """Run the whole backward pass in one kernel, K = V = 64, one term of g.
@@ -90,14 +93,20 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         dq_ref, dk_ref, dv_ref, dg_ref = take(4)
         (d_initial_ref,) = take(1, initial)
         (
-            q_s, k_s, v_s, g_s, d_out_s, r_s, gated_q_s, gated_k_s, a_s, m_s, du_s, p_s, dq_s, dk_s, dv_s,
-            select_s, triangles_s, dot_s, exact_s,
+            q_s, k_s, v_s, g_s, d_out_s, r_s, tiles_s, select_s, triangles_s, dot_s, exact_s,
             full, free, gated_ready, a_ready, gated_free, du_ready, du_free, dot_ready, dot_free, scores_ready,
             clamped, select_ready, triangles_ready, done,
         ) = refs  # fmt: skip
         head, row, warpgroup = lax.axis_index("h"), lax.axis_index("b"), lax.axis_index("warpgroup")
         kv_head = lax.div(head, group)
         tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
+
+        def unknown_zero(slot):
+            """Return 0 as a value unknown to the compiler, which would compute all addresses ahead of the loops.
+
+            There are no registers for so many.
+            """
+            return jnp.right_shift(exact_s[slot], 1)
 
         @pl.when(warpgroup == 2)
         def _copies():
@@ -135,8 +144,6 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
             set_registers(CONSUMER, interpret)
             plgpu.copy_gmem_to_smem(triangles_ref.at[pl.ds(0, 4)], triangles_s, triangles_ready)
             plgpu.barrier_wait(triangles_ready)
-            # the mask is read from shared memory: index arithmetic would be hoisted out of the loop, into registers
-            lower = lambda x: jnp.where(load(triangles_s.at[UP_TO_HERE]) > 0, x, 0.0).astype(BF16)
 
             def chunk(i, carry, careful):
                 n, slot = chunks - 1 - i, lax.rem(i, stages)
@@ -144,7 +151,12 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 q, k, v, g, d_out, r = (x.at[slot] for x in (q_s, k_s, v_s, g_s, d_out_s, r_s))
                 exact = exact_s[slot] > 0 if careful else None
                 when(exact, lambda: clamp(slot))
-                shifted = lambda: matmul((triangles_s.at[SHIFTED], g))
+                zero = unknown_zero(slot)
+                gated_q_s, gated_k_s, a_s, m_s, du_s, dq_s, dk_s = (tiles_s.at[zero + i] for i in range(7))
+                high, low, third = (tiles_s.at[zero + _PARTS + i] for i in range(3))
+                triangle = lambda index: triangles_s.at[zero + index]
+                lower = lambda x: jnp.where(load(triangle(UP_TO_HERE)) > 0, x, 0.0).astype(BF16)
+                shifted = lambda: matmul((triangle(SHIFTED), g))
                 d = shifted()
                 gated_q = (load(q) * (jnp.exp(d) * scale)).astype(BF16)
                 gated_k = (load(k) * jnp.exp(-d)).astype(BF16)
@@ -153,13 +165,12 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 gated_k_s[...] = gated_k
 
                 def gate_exactly():
-                    at = exact_s[slot] - 1  # 0; see `exact_scores`
                     plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], a_s, scores_ready)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    put_table(p_s.at[at], triangles_ref, AFTER + at)
+                    put_table(high, triangles_ref, zero + AFTER)
                     plgpu.commit_smem()
-                    gated_k_s[...] = (load(k) * jnp.exp(matmul((p_s.at[at], g)))).astype(BF16)
-                    to_here = matmul((triangles_s.at[UP_TO_HERE + at], g))
+                    gated_k_s[...] = (load(k) * jnp.exp(matmul((high, g)))).astype(BF16)
+                    to_here = matmul((triangle(UP_TO_HERE), g))
                     gated_q_s[...] = (load(q) * (jnp.exp(to_here) * scale)).astype(BF16)
                     plgpu.barrier_wait(scores_ready)
 
@@ -177,27 +188,25 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 dq_s[...] = (x * (jnp.exp(d) * scale)).astype(BF16)
                 p = load(gated_q_s) * x
                 y_m = matmul((m_s.T, gated_q_s))
-                put_split(p - load(gated_k_s) * y_m, p_s.at[0], p_s.at[1])
+                put_split(p - load(gated_k_s) * y_m, high, low)
                 plgpu.barrier_wait(du_ready)
                 y_u = matmul((v, du_s.T))
                 d = shifted()
 
                 unless(exact, lambda: plgpu.barrier_arrive(du_free))
                 unless(exact, lambda: plgpu.barrier_arrive(free.at[slot]))
-                p_s.at[2][...] = (load(gated_k_s) * y_u).astype(BF16)
+                third[...] = (load(gated_k_s) * y_u).astype(BF16)
                 dk_s[...] = ((y_u + y_m) * jnp.exp(-d)).astype(BF16)
 
                 def differentiate_exactly():
-                    at = exact_s[slot] - 1
-                    high, low, third = (p_s.at[i + at] for i in range(3))
-                    intra = lambda **side: exact_gradient(tables_ref, at, m_s, q, k, [g], scale, (high, low), **side)
+                    intra = lambda **side: exact_gradient(tables_ref, zero, m_s, q, k, [g], scale, (high, low), **side)
                     dk, product = intra(of_query=False)
-                    put_table(high, triangles_ref, AFTER + at)
+                    put_table(high, triangles_ref, zero + AFTER)
                     plgpu.commit_smem()
                     dk_s[...] = (dk + jnp.exp(matmul((high, g))) * matmul((v, du_s.T))).astype(BF16)
                     dq, product = intra(of_query=True, product=-product)
                     x = matmul((d_out, r.T))
-                    dq_s[...] = (dq + jnp.exp(matmul((triangles_s.at[UP_TO_HERE + at], g))) * scale * x).astype(BF16)
+                    dq_s[...] = (dq + jnp.exp(matmul((triangle(UP_TO_HERE), g))) * scale * x).astype(BF16)
                     put_split(product + load(gated_q_s) * x, high, low)
                     third[...] = (load(gated_k_s) * matmul((v, du_s.T))).astype(BF16)
                     plgpu.barrier_arrive(du_free)
@@ -207,14 +216,14 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dq_s, dq_ref.at[row, tokens(n), head])
                 plgpu.copy_smem_to_gmem(dk_s, dk_ref.at[row, tokens(n), head])
-                from_here, before = triangles_s.at[FROM_HERE], triangles_s.at[BEFORE]
-                dg = matmul((from_here, p_s.at[0]), (from_here, p_s.at[1]), (before, p_s.at[2]))
+                from_here = triangle(FROM_HERE)
+                dg = matmul((from_here, high), (from_here, low), (triangle(BEFORE), third))
                 plgpu.barrier_wait(dot_ready)
                 dot = plgpu.load(dot_s, layout=COL, optimized=False)
                 plgpu.barrier_arrive(dot_free)
-                p_s.at[0][...] = (dg + lax.broadcast_in_dim(dot, shape, [1])).astype(BF16)
+                high[...] = (dg + lax.broadcast_in_dim(dot, shape, [1])).astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(p_s.at[0], dg_ref.at[row, tokens(n), head])
+                plgpu.copy_smem_to_gmem(high, dg_ref.at[row, tokens(n), head])
                 return carry
 
             walk(chunk, ())
@@ -224,7 +233,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         @pl.when(warpgroup == 1)
         def _state():
             set_registers(CONSUMER, interpret)
-            plgpu.copy_gmem_to_smem(select_ref, select_s, select_ready)
+            plgpu.copy_gmem_to_smem(select_ref, select_s.at[0], select_ready)
             plgpu.barrier_wait(select_ready)
 
             def chunk(i, carry, careful):
@@ -233,7 +242,10 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.barrier_wait(full.at[slot])
                 exact = exact_s[slot] > 0 if careful else None
                 when(exact, lambda: clamp(slot))
-                middle, rest = halves([g_s.at[slot]], select_s)
+                zero = unknown_zero(slot)
+                gated_q_s, gated_k_s, a_s, _, du_s = (tiles_s.at[zero + i] for i in range(5))
+                dv_s = tiles_s.at[zero + _DV]
+                middle, rest = halves([g_s.at[slot]], select_s.at[zero])
                 decay = choose(exact, lambda m, _: m, lambda m, rest: m + rest, next_middle, rest)
                 du = dr * along_rows(jnp.exp(decay), shape)
                 pl.when(i >= 1)(lambda: plgpu.barrier_wait(du_free))
@@ -274,9 +286,8 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
     out_type = [result((batch, time, heads, SLAB), BF16, q)] * 4
     if initial:
         out_type.append(result((batch, heads, key_dim, SLAB), F32, q))
-    one = [tile(CHUNK, SLAB)]
-    scratch = [tile(stages, CHUNK, SLAB)] * 6 + one * 5 + [tile(3, CHUNK, SLAB)] + one * 3
-    scratch += [tile(8, CHUNK), tile(4, CHUNK, CHUNK), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((stages,), jnp.int32)]
+    scratch = [tile(stages, CHUNK, SLAB)] * 6 + [tile(_TILES, CHUNK, SLAB)]
+    scratch += [tile(1, 8, CHUNK), tile(4, CHUNK, CHUNK), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((stages,), jnp.int32)]
     scratch += [barrier(7, stages), barrier(2, stages)] + [barrier(1)] * 8
     scratch += [barrier(2), barrier(1), barrier(1), barrier(3)]
     run = kernel(
