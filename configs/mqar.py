@@ -20,8 +20,8 @@ Unlike the paper: the channels of a new model's states forget half of them in 1 
 tells a value's key is the token before it, but a key comes again 187 tokens after it was given, on average; of what it
 wrote, a model that forgets half every 16 tokens has 1.3 % left by then.
 
-Unlike Zoology: RMSNorm and not LayerNorm, nothing added for the MLP that is not there (it adds LN(x) to x), no dropout
-of embeddings, no weight decay of embeddings, rotary and not learned positions for attention, a cosine by step and not
+Unlike Zoology: RMSNorm and not LayerNorm, nothing added for the MLP that is not there (it adds LN(x) to x), no weight
+decay of embeddings, rotary and not learned positions for attention, a cosine by step and not
 by epoch, and all 64 epochs even where an accuracy of 0.99 comes earlier.
 """
 
@@ -46,6 +46,7 @@ def get_config(length: str = "256") -> ConfigDict:
     config.model.num_heads = 2
     config.model.vocab_size = 8192
     config.model.intermediate_size = 0
+    config.model.embedding_dropout = 0.1
     config.model.mixers.gla.longest_half_life = 4096.0
 
     config.optimizer.learning_rate = 2.15e-3

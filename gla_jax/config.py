@@ -49,6 +49,8 @@ class ModelConfig:
     """Width of the SwiGLU; None: 8/3 D rounded up to a multiple of 256, as in the paper; 0: no SwiGLU (Mamba)."""
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_dropout: float = 0.0
+    """Probability with which training takes an entry of a token's embedding for 0."""
     remat: str = "none"
     """What the backward pass recomputes: "none", "full" (whole layers), "dots" (all but matrix products), or "offload"
     (whole layers, and what each starts from waits in the host's memory)."""

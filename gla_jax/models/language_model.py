@@ -19,7 +19,7 @@ from gla_jax.layers.float8 import FLOAT8_LEAST
 from gla_jax.layers.linear import Linear, linear
 from gla_jax.layers.mlp import SwiGLU
 from gla_jax.layers.norm import RMSNorm
-from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding
+from gla_jax.parallel.sharding import gather_weight, in_mesh, out_sharding, shard
 from pallas_kernels.target import target
 
 _LAYER_INPUT = "layer_input"
@@ -180,7 +180,7 @@ class LanguageModel(nnx.Module):
         check(config)
         assert config.vocab_size is not None
         self.vocab_size, self.hidden_size, self.dtype = config.vocab_size, config.hidden_size, compute_dtype
-        self.remat = config.remat
+        self.remat, self.embedding_dropout = config.remat, config.embedding_dropout
         self.embed = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -243,10 +243,12 @@ class LanguageModel(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
         unroll: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """Return what the head is applied to, [B, T, D] in the compute dtype, and the state; arguments as in a call.
 
-        With `unroll`, every layer is compiled by itself instead of one loop over all; see `model.unroll`.
+        With `unroll`, every layer is compiled by itself instead of one loop over all; see `model.unroll`. With
+        `dropout_key`, a key of `jax.random`, entries of embeddings are 0 as `model.embedding_dropout` says.
         """
 
         def run(x: jax.Array, block_and_state: tuple[Block, Any]) -> tuple[jax.Array, Any]:
@@ -258,6 +260,8 @@ class LanguageModel(nnx.Module):
             # Without a loop around it, the compiler would notice that the layer has run before, and keep its results.
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=unroll)
         x = self.embed(input_ids)
+        if dropout_key is not None and self.embedding_dropout:
+            x = _drop(x, self.embedding_dropout, dropout_key)
         next_state = {}
         for name, _, count in self.groups:
             blocks = getattr(self, name)
@@ -303,6 +307,12 @@ class LanguageModel(nnx.Module):
     def parameter_count(self) -> int:
         """The number of parameters; a tied head is counted once."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+def _drop(x: jax.Array, probability: float, key: jax.Array) -> jax.Array:
+    """Set entries of x [B, T, D] to 0 with a probability; scale the rest, so that the mean stays (arXiv 1207.0580)."""
+    kept = shard(jax.random.bernoulli(key, 1 - probability, x.shape), "batch", "time", "hidden")
+    return jnp.where(kept, x / (1 - probability), jnp.zeros_like(x))
 
 
 def split_layers(model: LanguageModel, state: Any) -> tuple[LanguageModel, Any]:
@@ -423,6 +433,8 @@ def check(config: ModelConfig) -> None:
         value = getattr(config, field)
         if value is not None and value < smallest:
             raise ConfigError(f"model.{field}={value} must be at least {smallest}.")
+    if not 0 <= config.embedding_dropout < 1:
+        raise ConfigError(f"model.embedding_dropout={config.embedding_dropout} must be at least 0 and below 1.")
     mixers = layer_mixers(config)
     if len(mixers) != config.num_layers:
         raise ConfigError(

@@ -52,7 +52,7 @@ def make_train_step(
     unroll = target().platform == "gpu" if config.model.unroll is None else config.model.unroll
     segments = config.data.segments
 
-    def total_loss(params: Params, batch: Batch, carried: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    def total_loss(params: Params, batch: Batch, carried: Any, key: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         model = bind(graphdef, params)
         if segments > 1:
             make_room(model, segments * config.data.sequence_length)
@@ -63,6 +63,7 @@ def make_train_step(
             segment_ids=batch.get("segment_ids"),
             positions=batch.get("positions"),
             unroll=unroll,
+            dropout_key=key,
         )
         with jax.named_scope("loss"):
             total, sums = cross_entropy(
@@ -75,20 +76,24 @@ def make_train_step(
             )
         return total, (sums, carried if segments > 1 else None)
 
-    def total_gradient(params: Params, batch: Batch, carried: Any = None) -> tuple[Params, Metrics, Any]:
-        gradient, (sums, carried) = jax.grad(total_loss, has_aux=True)(params, batch, carried)
+    def total_gradient(params: Params, batch: Batch, carried: Any, key: Any) -> tuple[Params, Metrics, Any]:
+        gradient, (sums, carried) = jax.grad(total_loss, has_aux=True)(params, batch, carried, key)
         return to_float32(gradient), sums, carried
 
-    def accumulate(params: Params, batch: Batch, carried: Any) -> tuple[Params, Metrics, Any]:
+    def accumulate(params: Params, batch: Batch, carried: Any, key: Any) -> tuple[Params, Metrics, Any]:
         # Sums over tokens, divided once at the end, weigh every token alike, whichever microbatch it came in.
-        if config.optimizer.accumulation_steps == 1:
-            return total_gradient(params, batch, carried)
-        microbatches = split_rows(batch, config.optimizer.accumulation_steps)
-        zeros = jax.tree.map(
-            jnp.zeros_like, jax.eval_shape(total_gradient, params, jax.tree.map(lambda x: x[0], microbatches))
-        )
-        add = lambda sums, batch: (jax.tree.map(jnp.add, sums, total_gradient(params, batch)), None)
-        return jax.lax.scan(add, zeros, microbatches)[0]
+        parts = config.optimizer.accumulation_steps
+        if parts == 1:
+            return total_gradient(params, batch, carried, key)
+        gradient = lambda part: total_gradient(params, part[0], None, part[1])
+        each = (split_rows(batch, parts), None if key is None else jax.random.split(key, parts))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], each)))
+        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None), zeros, each)[0]
+
+    def dropout_key(state: TrainState) -> jax.Array | None:
+        if not config.model.embedding_dropout:
+            return None
+        return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
     def update(state: TrainState, gradient: Params, sums: Metrics, carried: Any) -> tuple[TrainState, Metrics]:
         tokens = jnp.maximum(sums["weight"], 1)
@@ -114,8 +119,8 @@ def make_train_step(
 
     compile_ = functools.partial(jax.jit, compiler_options=compiler_options(config))
     if config.optimizer.offload:
-        return _TwoPrograms(compile_(accumulate, donate_argnums=2), compile_(update, donate_argnums=0))
-    train_step = lambda state, batch: update(state, *accumulate(state.params, batch, state.carried))
+        return _TwoPrograms(compile_(accumulate, donate_argnums=2), compile_(update, donate_argnums=0), dropout_key)
+    train_step = lambda state, batch: update(state, *accumulate(state.params, batch, state.carried, dropout_key(state)))
     return compile_(train_step, donate_argnums=0) if compiled else train_step
 
 
@@ -125,16 +130,16 @@ class _TwoPrograms:
     In one program XLA moves them at the start, whatever depends on what, and nothing is gained.
     """
 
-    def __init__(self, accumulate: Any, update: Any):
-        self._accumulate, self._update = accumulate, update
+    def __init__(self, accumulate: Any, update: Any, dropout_key: Any):
+        self._accumulate, self._update, self._dropout_key = accumulate, update, dropout_key
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        results = self._accumulate(state.params, batch, state.carried)
+        results = self._accumulate(state.params, batch, state.carried, self._dropout_key(state))
         return self._update(dataclasses.replace(state, carried=None), *results)
 
     def lower(self, state: TrainState, batch: Batch) -> tuple[Any, Any]:
         """Return both programs, lowered for such arguments."""
-        first = self._accumulate.trace(state.params, batch, state.carried)
+        first = self._accumulate.trace(state.params, batch, state.carried, jax.eval_shape(self._dropout_key, state))
         place = lambda leaf: NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
         describe = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(leaf))
         results = jax.tree.map(describe, first.out_info)

@@ -214,6 +214,20 @@ def test_sorting_tokens_changes_no_gradient_of_the_table():
     np.testing.assert_array_equal(language_model.look_up(table, ids), table[ids])
 
 
+def test_dropout_takes_entries_for_zero_and_keeps_the_mean():
+    graphdef, params = make(dataclasses.replace(CONFIG, num_layers=1, embedding_dropout=0.25, hidden_size=64))
+    model, ids = bind(graphdef, params), jnp.arange(24).reshape(2, 12)
+    seen = []
+    model.layers, model.groups = None, ()  # what is left is embedding and norm
+    model.norm = lambda x: seen.append(x) or x
+    for key in (None, jax.random.key(0), jax.random.key(1)):
+        model.hidden_states(ids, dropout_key=key)
+    whole, one, other = seen
+    kept = one != 0
+    assert 0.7 < kept.mean() < 0.8 and (kept != (other != 0)).any()
+    np.testing.assert_allclose(jnp.where(kept, one, 0), jnp.where(kept, whole / 0.75, 0), rtol=1e-6)
+
+
 def test_a_token_outside_the_vocabulary_is_not_taken_for_another():
     graphdef, params = make()
     logits, _ = forward(graphdef, params, tokens().at[0, 5].set(24))

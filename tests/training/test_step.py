@@ -106,6 +106,14 @@ def test_microbatches_compute_what_one_batch_does() -> None:
     assert_same(run(devices=4, mesh__fsdp="2", mesh__tensor="2", optimizer__accumulation_steps="2"), run())
 
 
+@pytest.mark.long
+def test_dropout_is_the_same_on_any_mesh_and_another_at_each_step() -> None:
+    dropped = run(model__embedding_dropout="0.5")
+    assert_same(run(devices=4, mesh__fsdp="2", mesh__tensor="2", model__embedding_dropout="0.5"), dropped)
+    difference = abs(dropped.metrics[0]["grad_norm"] / run().metrics[0]["grad_norm"] - 1)
+    assert 1e-3 < difference < 1, "as many entries are larger as others are 0"
+
+
 def test_microbatches_take_turns_of_rows() -> None:
     batch = {"inputs": jnp.arange(12).reshape(6, 2)}
     np.testing.assert_array_equal(split_rows(batch, 3)["inputs"][1], [[2, 3], [8, 9]])
