@@ -46,7 +46,6 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SLAB,
     UP_TO_HERE,
     WGMMA,
-    add_matmul,
     along_rows,
     barrier,
     begin_apart,
@@ -234,11 +233,11 @@ def backward_quads(
                 target = tiles(slot, _DS - 2 * p + s)
                 state = load(target) * along_rows(decays[s], (SLAB, SLAB))
                 products = [(gated_at(x, s).T, of_others(x)) for x in range(2)]
-                target[...] = add_matmuls(state, products).astype(BF16)
+                target[...] = add_matmuls(state, *products).astype(BF16)
             plgpu.commit_smem()
 
-        def add_matmuls(x, pairs):
-            if interpret:
+        def add_matmuls(x, *pairs):
+            if interpret:  # which has no accumulators that start from a value
                 return x + matmul(*pairs)
 
             def go(accumulator):
@@ -264,7 +263,7 @@ def backward_quads(
                         plgpu.barrier_arrive(rebuilt.at[slot])
                         pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
 
-                    def add(accumulator, of_d_out):
+                    def add(accumulator, of_d_out):  # Z, or else W: which state was saved depends on the block
                         read = jnp.where(of_d_out, d_out_first, v_first) + c
                         state = jnp.where(of_d_out, _S, _DS)
                         plgpu.wgmma(accumulator, tiles(slot, read), tiles(slot, state, _SLABS).T)
@@ -375,8 +374,8 @@ def backward_quads(
             put_sums(load(at(of_keys, jnp.where(c == 0, _K, _Q), s, c)) * x, 1 - c)
             x = lax.cond(
                 c == 0,
-                lambda x: add_matmul(x, m_at(1).T, other_q, interpret=interpret),
-                lambda x: add_matmul(x, m_at(1), other_k, interpret=interpret),
+                lambda x: add_matmuls(x, (m_at(1).T, other_q)),
+                lambda x: add_matmuls(x, (m_at(1), other_k)),
                 x,
             ) * spread(between())
 
@@ -388,7 +387,7 @@ def backward_quads(
             plgpu.barrier_arrive(crossed.at[s])
 
             # dq, dk, and of dg the products of both sides, whose large parts cancel
-            x = add_matmul(z, m_at(2 * c), k_tile, interpret=interpret)
+            x = add_matmuls(z, (m_at(2 * c), k_tile))
             put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
             product = load(q_tile) * x
             y_m = matmul((m_at(2 * c).T, q_tile))
