@@ -127,19 +127,32 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
     arrays = (query, key, value, _terms(decay), d_out)
     options, sizes = {"scale": scale, "interpret": interpret}, _sizes(query, value)
     initial = initial_state is not None
+    sweeps = not _wide(query, sizes) and _sweeps(query, value, decay)
+    if not sweeps:
+        arrays, d_final, saved = _apart((arrays, d_final, saved))
     if _wide(query, sizes):
         options |= {"segments": sizes.segments, "initial": initial}
         dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
-    elif _sweeps(query, value, decay):
+    elif sweeps:
         states, exact, scores = saved
         dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, initial=initial, **options)
     else:
         states, exact, scores = saved
-        of_state = (query, key, _terms(decay), d_out, exact, scores, d_final)
+        of_state = (*arrays[:2], *arrays[3:], exact, scores, d_final)
         du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, initial=initial, **options)
         dq, dk, dg = backward_inputs(*arrays, states, du, exact, **options)
+    if not sweeps:
+        dq, dk, dv, dg, d_initial = _apart((dq, dk, dv, dg, d_initial))
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, d_initial
+
+
+def _apart(arrays):
+    """Keep XLA from fusing kernels that replace results in place with slices of what a loop stacks.
+
+    Such a fusion (XLA's dynamic-slice fusion, of jax 0.11) does not know any more that the kernel writes in place.
+    """
+    return jax.lax.optimization_barrier(arrays)
 
 
 def _sum_to(gradient, like):
