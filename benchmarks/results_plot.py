@@ -52,20 +52,28 @@ GATES = {  # of a point of configs/gates.py: its name, and nats above GLA with 4
 
 
 def draw_recall(lines: Lines, figure: Any) -> None:
-    """Accuracy over width, a panel for each length: the best learning rate of each point, and the paper's figure."""
+    """Accuracy over width, a panel for each length: the best learning rate of each point, and the paper's figure.
+
+    A point is hollow where that run was stopped, neither solved nor at the end of its schedule.
+    """
     figure.set_size_inches(7, 3.2)
     lengths = sorted({line["settings"]["data.sequence_length"] for line in lines})
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for axes, length in zip(panels, lengths, strict=True):
         here = [line for line in lines if line["settings"]["data.sequence_length"] == length]
         for index, (mixer, name) in enumerate(MIXERS.items()):
-            best: dict[int, float] = {}
+            best: dict[int, tuple[float, bool]] = {}
             for line in here:
                 if mixer_of(line) == mixer:
                     size = line["point"]["model.hidden_size"]
-                    best[size] = max(best.get(size, 0.0), 100 * best_accuracy(line))
+                    ended = line["solved"] or line["steps"] == line["settings"]["steps"]
+                    best[size] = max(best.get(size, (0.0, False)), (100 * best_accuracy(line), ended))
             if best:
-                axes.plot(sorted(best), [best[size] for size in sorted(best)], "o-", color=f"C{index}", label=name)
+                sizes = sorted(best)
+                axes.plot(sizes, [best[size][0] for size in sizes], "o-", color=f"C{index}", label=name)
+                stopped = [size for size in sizes if not best[size][1]]
+                (hollow,) = axes.plot(stopped, [best[size][0] for size in stopped], "o", color=f"C{index}")
+                hollow.set(markerfacecolor="white", label=f"{name}, stopped early")
                 paper = _PAPER_MQAR.get((length, mixer), {})
                 axes.plot(list(paper), list(paper.values()), ":", color=f"C{index}", linewidth=1)
         pairs = here[0]["settings"]["data.pairs"]
@@ -73,8 +81,9 @@ def draw_recall(lines: Lines, figure: Any) -> None:
         axes.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
         axes.minorticks_off()
     panels[0].set_ylabel("accuracy, %")
-    named = {line.get_label(): line for axes in panels for line in axes.lines if not line.get_label().startswith("_")}
-    panels[0].legend(named.values(), named, frameon=False, fontsize=8, title="dotted: the paper", title_fontsize=8)
+    named = {line.get_label(): line for axes in panels for line in axes.lines if line.get_label() in MIXERS.values()}
+    note = "dotted: the paper\nhollow: stopped early"
+    panels[0].legend(named.values(), named, frameon=False, fontsize=8, title=note, title_fontsize=8)
 
 
 def draw_gates(lines: Lines, figure: Any) -> None:

@@ -7,11 +7,13 @@ import pytest
 from benchmarks import results_plot
 
 
-def recall_line(mixer, size, length, accuracies):
+def recall_line(mixer, size, length, accuracies, steps=5):
     return {
+        "solved": False,
+        "steps": steps,
         "point": {"model.mixer": mixer, "model.hidden_size": size},
         "evaluations": [{"eval/accuracy": each} for each in accuracies],
-        "settings": {"data.sequence_length": length, "data.pairs": length // 16},
+        "settings": {"data.sequence_length": length, "data.pairs": length // 16, "steps": 5},
     }
 
 
@@ -46,10 +48,13 @@ def test_recall_shows_the_best_of_all_evaluations_and_rates(tmp_path):
         recall_line("gla", 64, 256, [[0.3]]),
         recall_line("gla", 128, 256, [[1.0]]),
         recall_line("attention", 64, 512, [[0.5]]),
+        recall_line("attention", 128, 512, [[0.6]], steps=4),
+        recall_line("attention", 256, 512, [[0.7]], steps=4) | {"solved": True},
     ]
     short, long = drawn(tmp_path, "recall", points=lines)
     assert short["GLA"] == [[64, 80], [128, 100]]
-    assert long["attention"] == [[64, 50]]
+    assert long["attention"] == [[64, 50], [128, 60], [256, 70]]
+    assert long["attention, stopped early"] == [[128, 60]]
 
 
 def test_recall_keeps_convolutions_apart(tmp_path):
