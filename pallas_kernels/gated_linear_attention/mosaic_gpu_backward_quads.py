@@ -226,15 +226,19 @@ def backward_quads(
             plgpu.commit_smem()
             return [decay_of(0, s, ROW) * decay_of(1, s, ROW) for s in range(_SLABS)]
 
-        def rebuild(slot, decays):
-            """Put the missing state in place of the saved one."""
+        def rebuild(slot, decays, *, meanwhile):
+            """Put the missing state in place of the saved one, and issue other products after those of a slab."""
             of_others = lambda x: tiles(slot, _DO23 - 2 * p + x)
             for s in range(_SLABS):
                 target = tiles(slot, _DS - 2 * p + s)
                 state = load(target) * along_rows(decays[s], (SLAB, SLAB))
                 products = [(gated_at(x, s).T, of_others(x)) for x in range(2)]
-                target[...] = add_matmuls(state, *products).astype(BF16)
-            plgpu.commit_smem()
+                state = add_matmuls(state, *products)
+                if s == 0:
+                    meanwhile()
+                target[...] = state.astype(BF16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(rebuilt.at[_SLABS * slot + s])
 
         def add_matmuls(x, *pairs):
             if interpret:  # which has no accumulators that start from a value
@@ -258,24 +262,30 @@ def backward_quads(
                     slot = lax.rem(j, _STAGES)
                     d_out_first, v_first = _OWN - 2 * p, 4 * p  # of the block's own chunks
                     plgpu.barrier_wait(full.at[slot])
-                    if c == 0:
-                        rebuild(slot, decays)
-                        plgpu.barrier_arrive(rebuilt.at[slot])
-                        pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
 
                     def add(accumulator, of_d_out):  # Z, or else W: which state was saved depends on the block
                         read = jnp.where(of_d_out, d_out_first, v_first) + c
                         state = jnp.where(of_d_out, _S, _DS)
                         plgpu.wgmma(accumulator, tiles(slot, read), tiles(slot, state, _SLABS).T)
 
-                    plgpu.wgmma(m, tiles(slot, d_out_first + c), tiles(slot, v_first, c + 1).T)
-                    add(of_saved, p == 0)
-                    if c == 1:
-                        plgpu.barrier_wait(rebuilt.at[slot])
-                    add(of_made, p == 1)
-                    if c == 1:
-                        products = [load(tiles(slot, _S + s)) * load(tiles(slot, _DS + s)) for s in range(_SLABS)]
-                        totals = tuple(t + jnp.sum(x, axis=1) for t, x in zip(totals, products, strict=True))
+                    def add_known():
+                        plgpu.wgmma(m, tiles(slot, d_out_first + c), tiles(slot, v_first, c + 1).T)
+                        add(of_saved, p == 0)
+
+                    if c == 0:
+                        rebuild(slot, decays, meanwhile=add_known)
+                        pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
+                        add(of_made, p == 1)
+                    else:
+                        add_known()
+                        dots = []
+                        for s, total in enumerate(totals):
+                            plgpu.barrier_wait(rebuilt.at[_SLABS * slot + s])
+                            if s == _SLABS - 1:
+                                add(of_made, p == 1)
+                            product = load(tiles(slot, _S + s)) * load(tiles(slot, _DS + s))
+                            dots.append(total + jnp.sum(product, axis=1))
+                        totals = tuple(dots)
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
@@ -453,7 +463,7 @@ def backward_quads(
             barrier(2),  # constants_full
             barrier(6, _STAGES),  # full
             free,
-            barrier(1, _STAGES),  # rebuilt
+            barrier(1, _STAGES * _SLABS),  # rebuilt
             barrier(1),  # spent
             barrier(2),  # streamed
             barrier(2),  # gated
