@@ -106,7 +106,7 @@ def walk(
         take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
         read_ref, scores_ref = take(2, reads)
         write_ref, x_ref, decay_ref = take(3)
-        (start_ref,), (out_ref,), (end_ref,), (states_ref,) = (take(1, x) for x in (starts, reads, ends, save))
+        (start_ref,), (out_ref,), (end_ref,), (states_ref,) = (take(1, there) for there in (starts, reads, ends, save))
         write_s, x_s, decay_s, write_full, write_free, done = take(6)
         read_s, scores_s, out_s, read_full, read_free = take(5, reads)
         (states_s,) = take(1, save)
