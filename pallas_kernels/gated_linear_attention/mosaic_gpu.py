@@ -128,7 +128,7 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
     options, sizes = {"scale": scale, "interpret": interpret}, _sizes(query, value)
     initial = initial_state is not None
     sweeps = not _wide(query, sizes) and _sweeps(query, value, decay)
-    if not sweeps:
+    if not sweeps:  # whose kernels replace pairs in place
         arrays, d_final, saved = _apart((arrays, d_final, saved))
     if _wide(query, sizes):
         options |= {"segments": sizes.segments, "initial": initial}
@@ -148,9 +148,10 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
 
 
 def _apart(arrays):
-    """Keep XLA from fusing kernels that replace results in place with slices of what a loop stacks.
+    """Keep kernels that write in place out of XLA's fusions with slices of what a loop stacks.
 
-    Such a fusion (XLA's dynamic-slice fusion, of jax 0.11) does not know any more that the kernel writes in place.
+    Such a fusion (XLA's dynamic-slice fusion) forgets which results share their memory with which arguments: results
+    are then never written.
     """
     return jax.lax.optimization_barrier(arrays)
 
