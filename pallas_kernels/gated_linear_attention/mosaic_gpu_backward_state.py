@@ -254,8 +254,8 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
             result(d_out.shape, BF16, q),
             *([result((batch, heads, key_dim, value_dim), F32, q)] if initial else []),
         ],
-        grid=(value_dim // value_tile, heads, batch),
-        grid_names=("v", "h", "b"),
+        grid=(batch, heads, value_dim // value_tile),  # those that share q, k and g side by side
+        grid_names=("b", "h", "v"),
         scratch_types=scratch,
     )
     select, triangles, _ = constants()

@@ -351,8 +351,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         interpret=interpret,
         warpgroups=2 + warpgroups,
         out_type=out_type,
-        grid=(value_dim // value_tile, heads, batch),
-        grid_names=("v", "h", "b"),
+        grid=(batch, heads, value_dim // value_tile),  # those that share q, k and g side by side
+        grid_names=("b", "h", "v"),
         scratch_types=scratch,
     )
     inputs = [q, k, v, *constants(), *g]
