@@ -72,6 +72,9 @@ def test_halves_with_the_state_handed_over_equal_the_whole():
     np.testing.assert_allclose(last, state, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.11 cannot differentiate what its interpreter looks for races in"
+)
 def test_no_races_and_nothing_read_before_it_is_written():
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")  # a race raises
     check(Case(**ONE | {"time": 128, "chunk_size": 64}, dtype="bfloat16", gate="rare resets"), "mosaic_tpu", interpret)
