@@ -238,15 +238,15 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             if c == 0:
                 w = load(b_tile)
                 put_sums(load(k_tile) * w, 1)
-                w = add_matmul(w, m_at(1).T, other_q, interpret=interpret) * spread(between())
+                w = add_matmul(w, (m_at(1).T, other_q), interpret=interpret) * spread(between())
                 b_tile[...] = w.astype(BF16)
             else:
                 put_sums(load(q_tile) * z, 0)
-                z = add_matmul(z, m_at(1), other_k, interpret=interpret) * spread(between())
+                z = add_matmul(z, (m_at(1), other_k), interpret=interpret) * spread(between())
             plgpu.barrier_arrive(crossed.at[s])
 
             # dq, dk, and of dg the products of both sides, whose large parts cancel
-            x = add_matmul(z, m_at(2 * c), k_tile, interpret=interpret)
+            x = add_matmul(z, (m_at(2 * c), k_tile), interpret=interpret)
             put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
             product = load(q_tile) * x
             y_m = matmul((m_at(2 * c).T, q_tile))

@@ -278,7 +278,7 @@ def backward_pairs(
                     plgpu.barrier_wait(k_ready.at[1])
                     plgpu.barrier_wait(m_ready.at[2])
                 # an exact chunk takes the parts of its own M by levels
-                all_of = lambda: add_matmul(x, m_s.at[2 * c], k_s.at[c], interpret=interpret)
+                all_of = lambda: add_matmul(x, (m_s.at[2 * c], k_s.at[c]), interpret=interpret)
                 x = choose(exact and exact[c], lambda: x, all_of)
                 sync(streamed)
                 if c == 1:

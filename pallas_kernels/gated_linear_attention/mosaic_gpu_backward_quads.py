@@ -46,6 +46,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SLAB,
     UP_TO_HERE,
     WGMMA,
+    add_matmul,
     along_rows,
     barrier,
     begin_apart,
@@ -233,22 +234,12 @@ def backward_quads(
                 target = tiles(slot, _DS - 2 * p + s)
                 state = load(target) * along_rows(decays[s], (SLAB, SLAB))
                 products = [(gated_at(x, s).T, of_others(x)) for x in range(2)]
-                state = add_matmuls(state, *products)
+                state = add_matmul(state, *products, interpret=interpret)
                 if s == 0:
                     meanwhile()
                 target[...] = state.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(rebuilt.at[_SLABS * slot + s])
-
-        def add_matmuls(x, *pairs):
-            if interpret:  # which has no accumulators that start from a value
-                return x + matmul(*pairs)
-
-            def go(accumulator):
-                for a, b in pairs:
-                    plgpu.wgmma(accumulator, a, b)
-
-            return lax.optimization_barrier(pl.run_state(go)(plgpu.ACC.init(x)))
 
         def stream(c):
             """Sum over the value columns: M of the chunks, Z and W, of the saved state first, and s."""
@@ -384,8 +375,8 @@ def backward_quads(
             put_sums(load(at(of_keys, jnp.where(c == 0, _K, _Q), s, c)) * x, 1 - c)
             x = lax.cond(
                 c == 0,
-                lambda x: add_matmuls(x, (m_at(1).T, other_q)),
-                lambda x: add_matmuls(x, (m_at(1), other_k)),
+                lambda x: add_matmul(x, (m_at(1).T, other_q), interpret=interpret),
+                lambda x: add_matmul(x, (m_at(1), other_k), interpret=interpret),
                 x,
             ) * spread(between())
 
@@ -397,7 +388,7 @@ def backward_quads(
             plgpu.barrier_arrive(crossed.at[s])
 
             # dq, dk, and of dg the products of both sides, whose large parts cancel
-            x = add_matmuls(z, (m_at(2 * c), k_tile))
+            x = add_matmul(z, (m_at(2 * c), k_tile), interpret=interpret)
             put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
             product = load(q_tile) * x
             y_m = matmul((m_at(2 * c).T, q_tile))

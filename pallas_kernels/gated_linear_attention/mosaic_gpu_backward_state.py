@@ -216,7 +216,7 @@ def backward_state(q, k, g, d_out, exact, scores, d_final, *, scale, value_tile,
                 pl.when(lax.rem(n, 2) == 1)(lambda: write_du(n))
                 for s in range(slabs):
                     plgpu.barrier_wait(gated_ready.at[s])
-                    state[s] = add_matmul(state[s], gated_q_s.at[s].T, d_out_s.at[even], interpret=interpret)
+                    state[s] = add_matmul(state[s], (gated_q_s.at[s].T, d_out_s.at[even]), interpret=interpret)
                     plgpu.barrier_arrive(gated_free.at[s])
                 plgpu.barrier_arrive(chunk_free.at[even])
                 return tuple(state), tuple(next_middle)

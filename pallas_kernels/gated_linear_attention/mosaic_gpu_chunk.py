@@ -199,11 +199,16 @@ def matmul(*pairs, shape=(CHUNK, CHUNK)):
     return lax.optimization_barrier(pl.run_scoped(go, plgpu.ACC(shape, F32)))
 
 
-def add_matmul(x, a, b, *, interpret):
-    """Return `x + a @ b`, accumulated in place."""
+def add_matmul(x, *pairs, interpret):
+    """Add `a @ b` over pairs of operands to x, accumulated in place."""
     if interpret:  # which has no accumulators that start from a value
-        return x + matmul((a, b), shape=x.shape)
-    return lax.optimization_barrier(pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(plgpu.ACC.init(x)))
+        return x + matmul(*pairs, shape=x.shape)
+
+    def go(accumulator):
+        for a, b in pairs:
+            plgpu.wgmma(accumulator, a, b)
+
+    return lax.optimization_barrier(pl.run_state(go)(plgpu.ACC.init(x)))
 
 
 def halves(g, select):

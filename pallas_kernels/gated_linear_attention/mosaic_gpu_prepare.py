@@ -121,7 +121,7 @@ def prepare(q, k, g, *, scale, interpret=False):
                 shift = plgpu.load(factors_s.at[index], layout=COL, optimized=False)
                 x[...] = (gated * lax.broadcast_in_dim(shift, (CHUNK, SLAB), [1])).astype(BF16)
             put(s, stage)
-            a = add_matmul(a, q_level_s, k_level_s.T, interpret=interpret)
+            a = add_matmul(a, (q_level_s, k_level_s.T), interpret=interpret)
             return a, jnp.maximum(worst, jnp.abs(sums))
 
         def unbounded(i, a):
