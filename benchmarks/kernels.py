@@ -3,10 +3,11 @@
     python benchmarks/kernels.py --output=benchmarks/kernels_h100.json [--rivals=cudnn,flash_attention_2,jla,fla]
 
 Ours is `gated_linear_attention` with bfloat16 gates, forward alone and forward with backward, timed by CUPTI: kernels
-only, medians; "call_ms" is the time from call to call of many in a row, gaps between kernels included. Rivals that are
-not installed are left out: "cudnn" and "flash_attention_2" are torch's causal attention of the same width, "jla" is
-jax-linear-attention's `gla`, "fla" is flash-linear-attention's `chunk_gla`. Torch is timed by CUDA events after a flush
-of the L2 cache. The inputs of every shape exceed that cache, so ours start cold as well.
+only, medians of a short run. Rivals that are not installed are left out: "cudnn" and "flash_attention_2" are torch's
+causal attention of the same width, "jla" is jax-linear-attention's `gla`, "fla" is flash-linear-attention's
+`chunk_gla`. Torch is timed by CUDA events after a flush of the L2 cache. The inputs of every shape exceed that cache,
+so ours start cold as well. "call_ms", of all alike, is the time from call to call in the second half of a load of
+--load seconds, gaps between kernels included: a GPU at the limit of its power lowers its clocks within milliseconds.
 
 Compilation takes nearly all of the time, so every shape has a process of its own, and fla, which tunes itself while the
 others compile, one more. When all are ready, or --patience is over, they are timed one after another; a process takes
@@ -19,6 +20,7 @@ outputs with no stored states, over that bandwidth; the rate is the FLOPs of chu
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
@@ -71,14 +73,19 @@ def time_kernels(function, *arguments, iterations=14):
     }
 
 
-def time_calls(compiled, *arguments, calls=20):
-    """Return milliseconds from call to call."""
-    jax.block_until_ready(compiled(*arguments))
-    start = time.perf_counter()
-    for _ in range(calls):
-        results = compiled(*arguments)
-    jax.block_until_ready(results)
-    return round((time.perf_counter() - start) / calls * 1e3, 4)
+def time_calls(call, wait, ms, load):
+    """Return milliseconds from call to call in the second half of a load of so many seconds, of calls of about `ms`."""
+    calls = max(10, int(load / 2 / ms * 1e3))
+    results = [call()]
+    for _ in range(2):  # the first half warms the chip
+        start = time.perf_counter()
+        for _ in range(calls):
+            results.append(call())
+            if len(results) > 4:  # more in flight would only take memory
+                wait(results.pop(0))
+        wait(results[-1])
+        took = time.perf_counter() - start
+    return round(took / calls * 1e3, 4)
 
 
 def ceilings():
@@ -111,7 +118,7 @@ def compile_jax(op, shape):
     return jax.jit(op).lower(*arguments).compile(), jax.jit(both).lower(d_out, *arguments).compile()
 
 
-def time_jax(forward, both, shape, copy_rate):
+def time_jax(forward, both, shape, copy_rate, load):
     """Time what `compile_jax` made of an op."""
     batch, time, heads, key_dim, value_dim = shape
     *arguments, d_out = draw(shape)
@@ -129,7 +136,8 @@ def time_jax(forward, both, shape, copy_rate):
     ):  # fmt: skip
         memory = compiled.memory_analysis()
         row[name] = time_kernels(compiled, *inputs)
-        row[name]["call_ms"] = time_calls(compiled, *inputs)
+        call = functools.partial(compiled, *inputs)
+        row[name]["call_ms"] = time_calls(call, jax.block_until_ready, row[name]["ms"], load)
         peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         row[name]["peak_MiB"] = round(peak / 2**20)
         row[name]["floor_ms"] = round(2 * tokens * numbers / copy_rate / 1e9, 4)
@@ -176,24 +184,35 @@ def torch_op(name, shape):
     return op, inputs, d_out, context
 
 
-def time_torch(name, shape):
+def time_torch(name, shape, load):
     """Time an op of torch at one shape: milliseconds, and MiB at the peak of forward and backward."""
     torch = importlib.import_module("torch")
     do_bench = importlib.import_module("triton.testing").do_bench
     op, inputs, d_out, context = torch_op(name, shape)
+
+    def forward():
+        with torch.no_grad():
+            op(*inputs)
 
     def both():
         for x in inputs:
             x.grad = None
         op(*inputs).backward(d_out)
 
-    bench = lambda function: round(do_bench(function, warmup=20, rep=60, return_mode="median"), 4)
+    def enqueue(function):
+        function()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    row: dict[str, dict[str, float]] = {}
     with context:
-        with torch.no_grad():
-            forward = bench(lambda: op(*inputs))
-        both()
-        torch.cuda.reset_peak_memory_stats()
-        row = {"forward": {"ms": forward}, "forward_backward": {"ms": bench(both)}}
+        for key, function in (("forward", forward), ("forward_backward", both)):
+            function()
+            torch.cuda.reset_peak_memory_stats()
+            row[key] = {"ms": round(do_bench(function, warmup=20, rep=60, return_mode="median"), 4)}
+            call = functools.partial(enqueue, function)
+            row[key]["call_ms"] = time_calls(call, lambda event: event.synchronize(), row[key]["ms"], load)
     # do_bench holds 256 MiB of its own, with which it flushes the cache
     row["forward_backward"]["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20) - 256
     return row
@@ -235,7 +254,7 @@ def prepare(name, shape, briefly) -> Any:
     return tune_fla(shape, briefly) if name == "fla" else importlib.import_module("torch")
 
 
-def measure_shape(pipe, shape, names, briefly):
+def measure_shape(pipe, shape, names, briefly, load):
     """Prepare some ops at one shape, say so, and time them when the copy bandwidth comes: the work of one process."""
     with concurrent.futures.ThreadPoolExecutor() as threads:
         prepared = {name: threads.submit(prepare, name, shape, briefly) for name in names}
@@ -245,7 +264,9 @@ def measure_shape(pipe, shape, names, briefly):
         try:
             made = prepared[name].result()
             figures = (
-                time_jax(made[0], made[1], shape, copy_rate) if name in ("ours", "jla") else time_torch(name, shape)
+                time_jax(made[0], made[1], shape, copy_rate, load)
+                if name in ("ours", "jla")
+                else time_torch(name, shape, load)
             )
         except Exception as error:  # one that does not serve the shape, or finds no memory
             figures = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -310,6 +331,7 @@ def main():
     parser.add_argument("--rivals", default="cudnn,flash_attention_2,jla", help="which of them to time, if installed")
     parser.add_argument("--shapes", help="which rows to time, by number from 0, e.g. 0,3; all by default")
     parser.add_argument("--briefly", action="store_true", help="let fla tune itself among few of Triton's choices")
+    parser.add_argument("--load", type=float, default=0.4, help="seconds of calls in a row for call_ms")
     parser.add_argument("--patience", type=float, default=1200, help="seconds for compiling and tuning")
     options = parser.parse_args()
     names = ["ours", *(name for name in options.rivals.split(",") if name)]
@@ -326,9 +348,9 @@ def main():
     jobs = {"the chip": start(context, measure_chip)}
     together = [name for name in names if name != "fla"]
     for shape in shapes:
-        jobs[f"{shape}"] = start(context, measure_shape, shape, together, options.briefly)
+        jobs[f"{shape}"] = start(context, measure_shape, shape, together, options.briefly, options.load)
     for shape in shapes if "fla" in names else ():
-        jobs[f"{shape} fla"] = start(context, measure_shape, shape, ["fla"], options.briefly)
+        jobs[f"{shape} fla"] = start(context, measure_shape, shape, ["fla"], options.briefly, options.load)
     wait_until_ready(jobs, options.patience)
 
     report: dict[str, Any] = {"device": "unknown", "copy_TBps": math.nan, "shapes": [], "steps": []}

@@ -23,9 +23,9 @@ SHAPE = "B, T, H, K, V"
 TICKS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
-def milliseconds(row: dict[str, Any], name: str, direction: str) -> float | None:
+def milliseconds(row: dict[str, Any], name: str, direction: str, figure: str = "ms") -> float | None:
     """Return what one implementation took, or None where it was not run or does not serve the shape."""
-    return row.get(name, {}).get(direction, {}).get("ms")
+    return row.get(name, {}).get(direction, {}).get(figure)
 
 
 def table(report: dict[str, Any], direction: str) -> str:
@@ -43,6 +43,20 @@ def table(report: dict[str, Any], direction: str) -> str:
         cells.insert(1, f"{row['ours'][direction]['share_of_floor']:.0%}")
         peaks = ["" if peak(row, name) is None else str(peak(row, name)) for name in weighed]
         lines.append([", ".join(map(str, row[SHAPE])), *cells, *peaks])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def table_under_load(report: dict[str, Any]) -> str:
+    """Return a line for each shape: milliseconds from call to call under a long load, in both directions."""
+    columns = [(name, direction) for direction in DIRECTIONS for name in NAMES]
+    of_row = lambda row: [milliseconds(row, *column, "call_ms") for column in columns]
+    rows = [of_row(row) for row in report["shapes"]]
+    there = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
+    head = [SHAPE, *(f"{DIRECTIONS[columns[i][1]]}: {NAMES[columns[i][0]]}" for i in there)]
+    lines = [head, ["---"] * len(head)]
+    for shape, row in zip(report["shapes"], rows, strict=True):
+        cells = ["" if row[i] is None else f"{row[i]:.3f}" for i in there]
+        lines.append([", ".join(map(str, shape[SHAPE])), *cells])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -85,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report["shapes"] = [row for row in report["shapes"] if milliseconds(row, "ours", "forward_backward") is not None]
     for direction in DIRECTIONS:
         print(table(report, direction), end="\n\n")
+    print(table_under_load(report), end="\n\n")
     figure = plt.figure(figsize=(10, 4), layout="constrained")
     draw(report, figure)
     figure.savefig(options.output, dpi=140)
