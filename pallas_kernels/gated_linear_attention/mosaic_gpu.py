@@ -127,13 +127,10 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
     arrays = (query, key, value, _terms(decay), d_out)
     options, sizes = {"scale": scale, "interpret": interpret}, _sizes(query, value)
     initial = initial_state is not None
-    sweeps = not _wide(query, sizes) and _sweeps(query, value, decay)
-    if not sweeps:  # whose kernels replace pairs in place
-        arrays, d_final, saved = _apart((arrays, d_final, saved))
     if _wide(query, sizes):
         options |= {"segments": sizes.segments, "initial": initial}
         dq, dk, dv, dg, d_initial = wide_backward(*arrays, d_final, saved, **options)
-    elif sweeps:
+    elif _sweeps(query, value, decay):
         states, exact, scores = saved
         dq, dk, dv, dg, d_initial = backward_sweep(*arrays, states, exact, scores, d_final, initial=initial, **options)
     else:
@@ -141,19 +138,8 @@ def _attention_backward(scale, gated, ends, interpret, residuals, gradients):
         of_state = (*arrays[:2], *arrays[3:], exact, scores, d_final)
         du, dv, d_initial = backward_state(*of_state, value_tile=sizes.value_tile, initial=initial, **options)
         dq, dk, dg = backward_inputs(*arrays, states, du, exact, **options)
-    if not sweeps:
-        dq, dk, dv, dg, d_initial = _apart((dq, dk, dv, dg, d_initial))
     d_decay = _sum_to(dg, decay) if gated else jnp.zeros_like(decay)
     return dq, _sum_to(dk, key), _sum_to(dv, value), d_decay, d_initial
-
-
-def _apart(arrays):
-    """Keep kernels that write in place out of XLA's fusions with slices of what a loop stacks.
-
-    Such a fusion (XLA's dynamic-slice fusion) forgets which results share their memory with which arguments: results
-    are then never written.
-    """
-    return jax.lax.optimization_barrier(arrays)
 
 
 def _sum_to(gradient, like):

@@ -83,14 +83,13 @@ def backward_pairs(
         exact: [B, H, N] int32, whether a chunk is exact.
         scale: of the query.
         at_edges: which of the two `states` and `d_states` are.
-        results: references to dq, dk and dg, right but for the pairs that have an exact chunk: only those are computed,
-            in place.
+        results: dq, dk and dg, right but for the pairs that have an exact chunk: only those are computed, in place.
         missing: what `rebuild_states` returns, where `states` and `d_states` are only those of every other pair: S
             before even pairs and dS after odd ones.
         interpret: run in the interpreter.
 
     Returns:
-        dq, dk, dg: a head of the query each, [B, T, H, K] bfloat16; none if given `results`.
+        dq, dk, dg: a head of the query each, [B, T, H, K] bfloat16.
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
@@ -399,6 +398,7 @@ def backward_pairs(
         name="gla_backward_pairs",
         interpret=interpret,
         warpgroups=4,
+        changes=0 if results is None else 3,
         out_type=[result(q.shape, BF16, q)] * 3 if results is None else (),
         grid=(key_tiles // share, pl.cdiv(pairs, 1 if results is None else RUN), heads, batch),
         grid_names=tuple("knhb"),

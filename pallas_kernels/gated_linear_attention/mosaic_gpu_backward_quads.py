@@ -115,7 +115,7 @@ def backward_quads(
     def redo(results):
         missing = rebuild_states(v, d_out, states, d_states, gated_q, gated_k, decay, exact, interpret=interpret)
         arrays = (q, k, v, g, d_out, states, d_states, exact, results, missing)
-        backward_pairs(*arrays, scale=scale, at_edges=True, interpret=interpret)
+        return backward_pairs(*arrays, scale=scale, at_edges=True, interpret=interpret)
 
     def body(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,

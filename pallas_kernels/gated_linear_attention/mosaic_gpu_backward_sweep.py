@@ -17,6 +17,7 @@ e^{G_last}, and the parts of M are summed by levels.
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -68,7 +69,8 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
     Args:
         q, k, v, g: as in `forward`.
         d_out: [B, T, H, V] bfloat16.
-        states, exact, scores: what the forward saved; the scores of exact chunks are enough.
+        states, exact, scores: what the forward saved, of all chunks. Where a row is whole chunks, dk and dq take the
+            place of states and scores in memory.
         d_final: [B, H, K, V] float32, or None for zeros.
         scale: of the query.
         initial: return the gradient of the initial state.
@@ -83,14 +85,18 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
     (g,) = g
     assert key_dim == v.shape[-1] == SLAB, (key_dim, v.shape)
     shape = (SLAB, SLAB)
+    # A chunk's state and scores are as large as its dk and dq, and read before those are written. Kernels take no
+    # references whose type varies over manual mesh axes.
+    in_place = time % CHUNK == 0 and not jax.typeof(q).manual_axis_type.varying
 
     def body(*all_refs):
         refs = list(all_refs)
         take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
-        q_ref, k_ref, v_ref, g_ref, d_out_ref, states_ref, exact_ref, any_ref, scores_ref = take(9)
-        select_ref, triangles_ref, tables_ref = take(3)
+        q_ref, k_ref, v_ref, g_ref, d_out_ref, exact_ref, any_ref, select_ref, triangles_ref, tables_ref = take(10)
         (d_final_ref,) = take(1, d_final is not None)
-        dq_ref, dk_ref, dv_ref, dg_ref = take(4)
+        scores_ref, states_ref = take(2)
+        dq_ref, dk_ref = (scores_ref, states_ref) if in_place else take(2)
+        dv_ref, dg_ref = take(2)
         (d_initial_ref,) = take(1, initial)
         (
             q_s, k_s, v_s, g_s, d_out_s, r_s, tiles_s, select_s, triangles_s, dot_s, exact_s,
@@ -120,7 +126,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.copy_gmem_to_smem(k_ref.at[row, tokens(n), kv_head], k_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(d_out_ref.at[row, tokens(n), head], d_out_s.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[row, tokens(n), kv_head], v_s.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(states_ref.at[row, head, n], r_s.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(states_ref.at[row, tokens(n), head], r_s.at[slot], full.at[slot])
                 exact_s[slot] = exact_ref[row, head, n]
                 plgpu.barrier_arrive(full.at[slot])
 
@@ -165,7 +171,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 gated_k_s[...] = gated_k
 
                 def gate_exactly():
-                    plgpu.copy_gmem_to_smem(scores_ref.at[row, head, n], a_s, scores_ready)
+                    plgpu.copy_gmem_to_smem(scores_ref.at[row, tokens(n), head], a_s, scores_ready)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     put_table(high, triangles_ref, zero + AFTER)
                     plgpu.commit_smem()
@@ -283,7 +289,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    out_type = [result((batch, time, heads, SLAB), BF16, q)] * 4
+    out_type = [result(q.shape, BF16, q)] * (2 if in_place else 4)
     if initial:
         out_type.append(result((batch, heads, key_dim, SLAB), F32, q))
     scratch = [tile(stages, CHUNK, SLAB)] * 6 + [tile(_TILES, CHUNK, SLAB)]
@@ -294,11 +300,12 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         body,
         name="gla_backward_sweep",
         interpret=interpret,
+        changes=2 if in_place else 0,
         out_type=out_type,
         grid=(heads, batch),
         grid_names=("h", "b"),
         scratch_types=scratch,
     )
-    inputs = [q, k, v, g, d_out, states, exact, jnp.max(exact, axis=2), scores, *constants()]
-    dq, dk, dv, dg, *d_initial = run(*inputs, *([] if d_final is None else [d_final]))
+    inputs = [q, k, v, g, d_out, exact, jnp.max(exact, axis=2), *constants(), *([] if d_final is None else [d_final])]
+    dq, dk, dv, dg, *d_initial = run(*inputs, scores, states)
     return dq, dk, dv, dg, d_initial[0] if initial else None

@@ -86,11 +86,12 @@ def barrier(arrivals, count=1):
     return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
 
-def kernel(body, *, name, interpret, warpgroups=3, replace=None, **kwargs):
+def kernel(body, *, name, interpret, warpgroups=3, changes=0, replace=None, **kwargs):
     """Return `body` as a kernel of so many warpgroups.
 
     Its results vary over the manual mesh axes that its first argument varies over, which they do not by themselves.
-    Before that, `replace` may change parts of them in place: it is called with references to them.
+    Before that, `replace` may return others in their place. The last `changes` arguments are memory that the kernel
+    writes to; what they become is returned before its results.
     """
     run = plgpu.kernel(
         body,
@@ -102,13 +103,38 @@ def kernel(body, *, name, interpret, warpgroups=3, replace=None, **kwargs):
         **kwargs,
     )
 
+    if changes:
+        run = _in_place(run, changes)
+
     def call(*arguments):
         results = run(*arguments)
         if replace is not None:
-            references = [jax.new_ref(x) for x in results]
-            replace(references)
-            results = [jax.freeze(x) for x in references]
+            results = replace(results)
         return vary_alike((arguments[0], results))[1]
+
+    return call
+
+
+def _in_place(run, changes):
+    """Return a kernel that writes to its last arguments as a function of arrays.
+
+    The barriers keep it out of XLA's fusions with slices of what a loop stacks (its dynamic-slice fusion), which forget
+    which results share their memory with which arguments: those are then never written. Under `vmap` all arguments get
+    the mapped axis, also those without one, or all instances would write to the same.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def call(*arguments):
+        arguments = lax.optimization_barrier(arguments)
+        references = [jax.new_ref(x) for x in arguments[-changes:]]
+        results = run(*arguments[:-changes], *references)
+        return lax.optimization_barrier((*(jax.freeze(x) for x in references), *results))
+
+    @call.def_vmap
+    def _over_axis(size, mapped, *arguments):
+        spread = [x if y else jnp.broadcast_to(x, (size, *x.shape)) for x, y in zip(arguments, mapped, strict=True)]
+        results = _in_place(jax.vmap(run), changes)(*spread)
+        return results, (True,) * len(results)
 
     return call
 

@@ -72,7 +72,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
     Returns:
         out [B, T, H, V] bfloat16, final state [B, H, K, V] float32 or None, then if asked for:
         states R [B, H, ceil(N / save), K, V] bfloat16, exact [B, H, N] int32, scores [B, H, N, C, C] bfloat16, of which
-        those of bounded chunks are not written.
+        those of bounded chunks are not written. With save 1, states [B, N K, H, V], scores [B, N C, H, C].
     """
     batch, time, heads, key_dim = q.shape
     value_dim, group, terms = v.shape[-1], heads // k.shape[2], len(g)
@@ -84,11 +84,15 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
     out_type = [result((batch, time, heads, value_dim), BF16, q)]
     if ends:
         out_type.append(result((batch, heads, key_dim, value_dim), F32, q))
+    of_states = batch, heads, pl.cdiv(chunks, save or 1), key_dim, value_dim
+    of_scores = batch, heads, chunks, CHUNK, CHUNK
+    if save == 1:  # laid out as the gradients of k and q, which the sweep writes in their place
+        of_states, of_scores = (batch, chunks * key_dim, heads, value_dim), (batch, chunks * CHUNK, heads, CHUNK)
     if save is not None:
         out_type += [
-            result((batch, heads, pl.cdiv(chunks, save), key_dim, value_dim), BF16, q),
+            result(of_states, BF16, q),
             result((batch, heads, chunks), jnp.int32, q),
-            result((batch, heads, chunks, CHUNK, CHUNK), BF16, q),
+            result(of_scores, BF16, q),
         ]
 
     def body(*all_refs):
@@ -110,6 +114,14 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
         slab = lambda s: pl.ds(s * SLAB if isinstance(s, int) else pl.multiple_of(s * SLAB, SLAB), SLAB)
         columns = lambda w: pl.ds((block * warpgroups + w) * VALUES, VALUES)
+
+        def saved_state(n, s, columns):
+            if save == 1:
+                return states_ref.at[row, pl.ds(n * key_dim + s * SLAB, SLAB), head, columns]
+            return states_ref.at[row, head, lax.div(n, save), slab(s), columns]
+
+        def saved_scores(n):
+            return scores_ref.at[row, tokens(n), head] if save == 1 else scores_ref.at[row, head, n]
 
         @pl.when(warpgroup == 0)
         def _copies():
@@ -166,7 +178,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 def _save_scores():
                     exact_ref[row, head, n] = jnp.int32(exact)
                     if exact:
-                        plgpu.copy_smem_to_gmem(a_s, scores_ref.at[row, head, n])
+                        plgpu.copy_smem_to_gmem(a_s, saved_scores(n))
 
             def bounded(loop):
                 """Make a chunk, unless it is exact; say whether it is."""
@@ -281,8 +293,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                             def _save_state(states_s=states_s, s=s, rounded=rounded):
                                 states_s.at[w, s].T[...] = rounded
                                 plgpu.commit_smem()
-                                target = states_ref.at[row, head, lax.div(n, save), slab(s), mine]
-                                plgpu.copy_smem_to_gmem(states_s.at[w, s], target)
+                                plgpu.copy_smem_to_gmem(states_s.at[w, s], saved_state(n, s, mine))
 
                     plgpu.barrier_wait(v_full.at[p])
                     plgpu.barrier_wait(a_ready)
