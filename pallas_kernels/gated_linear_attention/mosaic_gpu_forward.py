@@ -84,8 +84,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
     out_type = [result((batch, time, heads, value_dim), BF16, q)]
     if ends:
         out_type.append(result((batch, heads, key_dim, value_dim), F32, q))
-    of_states = batch, heads, pl.cdiv(chunks, save or 1), key_dim, value_dim
-    of_scores = batch, heads, chunks, CHUNK, CHUNK
+    of_states: tuple[int, ...] = batch, heads, pl.cdiv(chunks, save or 1), key_dim, value_dim
+    of_scores: tuple[int, ...] = batch, heads, chunks, CHUNK, CHUNK
     if save == 1:  # laid out as the gradients of k and q, which the sweep writes in their place
         of_states, of_scores = (batch, chunks * key_dim, heads, value_dim), (batch, chunks * CHUNK, heads, CHUNK)
     if save is not None:
