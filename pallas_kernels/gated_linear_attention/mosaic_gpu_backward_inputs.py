@@ -98,7 +98,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
     def body(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         dq_ref, dk_ref, dg_ref,
-        stages_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s, sums_s,
+        stages_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s, sums_s, zero_s,
         constants_full, gates_full, full, free, streamed, gated, crossed, done,
     ):  # fmt: skip
         pair, head, row = (lax.axis_index(a) for a in "nhb")
@@ -109,8 +109,6 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
         both = pl.ds(2 * pair * CHUNK, 2 * CHUNK)  # tokens of the pair
         each = [(s, c) for s in range(_SLABS) for c in range(2)]
         tiles = lambda stage, first, count=1: stages_s.at[stage, pl.ds(first * CHUNK, count * CHUNK)]
-        at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
-        m_at = lambda index: tiles(of_gates, _M + index)
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
@@ -138,7 +136,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
         def copy_gates():
             for s, c in each:
                 source = decay_source(g_ref, row, 2 * pair + c, head, heads, s)
-                plgpu.copy_gmem_to_smem(source, at(of_gates, _G, s, c), gates_full)
+                plgpu.copy_gmem_to_smem(source, tiles(of_gates, _G + 2 * s + c), gates_full)
 
         def fill(j):
             """Fetch what stage `j` of all holds."""
@@ -179,9 +177,18 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
 
         def work(c):
             s = lax.div(warpgroup, 2)
-            g_tile = at(of_gates, _G, s, c)
-            q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
-            a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
+
+            def places(zero):
+                """Return the tiles of g, q and k, the other chunk's q and k, two to use, and M by number.
+
+                A zero unknown to the compiler has it compute the addresses anew: kept, they would be spilled.
+                """
+                at = lambda stage, first, c: tiles(stage + zero, first + 2 * s + c)
+                keys = (at(of_keys, x, d) for d in (c, 1 - c) for x in (_Q, _K))
+                to_use = (at(last, x, c) for x in (_A, _B))
+                return at(of_gates, _G, c), *keys, *to_use, lambda index: tiles(of_gates + zero, _M + index)
+
+            g_tile, q_tile, k_tile, other_q, other_k, a_tile, b_tile, m_at = places(0)
             exponents = lambda: matmul((shift_s, g_tile)) * LOG2_E
             column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
             spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
@@ -253,6 +260,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             product -= load(k_tile) * y_m
             plgpu.barrier_wait(crossed.at[s])  # the other chunk has read this one's q' and k'
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            g_tile, q_tile, k_tile, _, _, a_tile, b_tile, _ = places(zero_s[0])
             put_split(product, a_tile, q_tile)
             y = load(b_tile)
             b_tile[...] = (load(k_tile) * y).astype(BF16)
@@ -265,6 +273,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
 
         @pl.when(warpgroup == 1)
         def _first():
+            zero_s[0] = jnp.int32(0)
             number = row + batch * (head + heads * pair)
             pairs = batch * heads * chunks // 2
             begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=6, clocks=5800, interpret=interpret)
@@ -292,6 +301,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
             plgpu.SMEM((_SLABS, SLAB), F32),  # dot_s
             plgpu.SMEM((_SLABS, 2, SLAB), F32),  # sums_s
+            plgpu.SMEM((1,), jnp.int32),  # zero_s
             barrier(4),  # constants_full
             barrier(2 * _SLABS),  # gates_full
             barrier(_TILES // 2, _STAGES),  # full: a copy fills two tiles

@@ -53,6 +53,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     result,
     set_registers,
     tile,
+    unknown_zero,
     unless,
     when,
     zero_row,
@@ -107,13 +108,6 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
         kv_head = lax.div(head, group)
         tokens = lambda n: pl.ds(n * CHUNK, CHUNK)
 
-        def unknown_zero(slot):
-            """Return 0 as a value unknown to the compiler, which would compute all addresses ahead of the loops.
-
-            There are no registers for so many.
-            """
-            return jnp.right_shift(exact_s[slot], 1)
-
         @pl.when(warpgroup == 2)
         def _copies():
             set_registers(PRODUCER, interpret)
@@ -157,7 +151,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 q, k, v, g, d_out, r = (x.at[slot] for x in (q_s, k_s, v_s, g_s, d_out_s, r_s))
                 exact = exact_s[slot] > 0 if careful else None
                 when(exact, lambda: clamp(slot))
-                zero = unknown_zero(slot)
+                zero = unknown_zero(exact_s[slot])
                 gated_q_s, gated_k_s, a_s, m_s, du_s, dq_s, dk_s = (tiles_s.at[zero + i] for i in range(7))
                 high, low, third = (tiles_s.at[zero + _PARTS + i] for i in range(3))
                 triangle = lambda index: triangles_s.at[zero + index]
@@ -248,7 +242,7 @@ def backward_sweep(q, k, v, g, d_out, states, exact, scores, d_final, *, scale, 
                 plgpu.barrier_wait(full.at[slot])
                 exact = exact_s[slot] > 0 if careful else None
                 when(exact, lambda: clamp(slot))
-                zero = unknown_zero(slot)
+                zero = unknown_zero(exact_s[slot])
                 gated_q_s, gated_k_s, a_s, _, du_s = (tiles_s.at[zero + i] for i in range(5))
                 dv_s = tiles_s.at[zero + _DV]
                 middle, rest = halves([g_s.at[slot]], select_s.at[zero])

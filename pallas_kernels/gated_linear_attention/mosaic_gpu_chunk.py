@@ -301,6 +301,15 @@ def exceeds_bound(*arrays, interpret):
     return vote(*arrays) > 0
 
 
+def unknown_zero(exact):
+    """Return 0, made of a flag that is 0 or 1, as a value unknown to the compiler.
+
+    Added to an index of shared memory it keeps the compiler from computing all addresses ahead of the loops, for which
+    there are no registers.
+    """
+    return jnp.right_shift(exact, 1)
+
+
 def when(exact, action):
     """Act in an exact chunk; `exact` is a traced scalar, or None in code that only ever meets bounded chunks.
 
@@ -339,8 +348,8 @@ def exact_scores(tables, first, tiles, scale, buffers):
 
     Args:
         tables: LEVEL_TABLES in global memory.
-        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute
-            addresses for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        first: where the levels start there: 0, by `unknown_zero`, or addresses for the rare exact chunk would take
+            registers that all others need.
         tiles: (q, k, [g...]) of each slab, with one or two terms of g.
         scale: of the query.
         buffers: tiles to work in, one and one more for each slab.
@@ -376,8 +385,8 @@ def exact_gradient(tables, first, masked, q, k, g, scale, buffers, *, of_query, 
 
     Args:
         tables: LEVEL_TABLES in global memory.
-        first: where the levels start there: 0, as a value unknown to the compiler, which would otherwise compute
-            addresses for the rare exact chunk ahead of the loop over chunks, into registers that the others need.
+        first: where the levels start there: 0, by `unknown_zero`, or addresses for the rare exact chunk would take
+            registers that all others need.
         masked: M = tril(do v^T), a tile.
         q, k, g: tiles; g a list of terms.
         scale: of the query.

@@ -46,11 +46,13 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     set_registers,
     tile,
     turned,
+    unknown_zero,
     zero_row,
     zeros,
 )
 
 VALUES = 64  # value columns of a warpgroup
+_SCORES, _SHIFT, _ANY = range(3)  # tiles of the gates: A, the table SHIFTED, and one to use
 # Registers a thread of the producer, the gates and the values has, by the number of warpgroups with values.
 REGISTERS = {1: (PRODUCER, CONSUMER, CONSUMER), 2: (PRODUCER, 200, 144)}
 
@@ -104,7 +106,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         (out_ref,) = take(1)
         (final_ref,) = take(1, ends)
         states_ref, exact_ref, scores_ref = take(3, save is not None)
-        q_s, k_s, g_s, v_s, a_s, out_s, shift_s, w_s, level_s, select_s, factors_s, exact_s = take(12)
+        q_s, k_s, g_s, v_s, work_s, out_s, level_s, select_s, factors_s, exact_s = take(10)
         state_tiles = take(1 if save is not None else 0)
         full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, done, *staging = refs
 
@@ -150,8 +152,9 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         @pl.when(warpgroup == 1)
         def _gates():
             set_registers(REGISTERS[warpgroups][1], interpret)
-            plgpu.copy_gmem_to_smem(select_ref, select_s, constants_ready)
-            plgpu.copy_gmem_to_smem(triangles_ref.at[SHIFTED], shift_s, constants_ready)
+            plgpu.copy_gmem_to_smem(select_ref, select_s.at[0], constants_ready)
+            plgpu.copy_gmem_to_smem(triangles_ref.at[SHIFTED], work_s.at[_SHIFT], constants_ready)
+            exact_s[0] = exact_s[1] = jnp.int32(0)
             plgpu.barrier_wait(constants_ready)
             g_tiles = lambda p, s: [g_s.at[p, s, t] for t in range(terms)]
             nothing = zero_row()
@@ -167,7 +170,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 if save is not None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def put_scores(n, a, exact):
+            def put_scores(n, a, a_s, exact):
                 a_s[...] = a.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(a_ready)
@@ -185,11 +188,13 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 n, _, pending = loop
                 p = lax.rem(n, 2)
                 plgpu.barrier_wait(full.at[p])
+                zero = unknown_zero(exact_s[p])
+                a_s, shift_s, select = work_s.at[zero + _SCORES], work_s.at[zero + _SHIFT], select_s.at[zero]
 
                 def products(accumulators):
                     for s, (sums, d) in enumerate(accumulators):
                         for term in g_tiles(p, s):
-                            plgpu.wgmma(sums, term.T, select_s.T)
+                            plgpu.wgmma(sums, term.T, select.T)
                             plgpu.wgmma(d, shift_s, term)
                     return [(sums[...], d[...]) for sums, d in accumulators]
 
@@ -214,7 +219,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                     w, m = load(shift_s), MIDDLE + 1  # which knows what is causal, and costs no registers to keep
                     left, right = jnp.where(w[:, :m] > -0.5, a[:, :m], 0.0), jnp.where(w[:, m:] > 0.5, a[:, m:], 0.0)
                     wait_for_scores(n)
-                    put_scores(n, jnp.concatenate([left, right], axis=1), 0)
+                    put_scores(n, jnp.concatenate([left, right], axis=1), a_s, 0)
 
                 after = [jnp.where(exact > 0, old, new) for old, new in zip(pending, after, strict=True)]
                 return jnp.where(exact > 0, n, n + 1), exact, tuple(after)
@@ -222,10 +227,11 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
             def unbounded(n, pending):
                 """Make a chunk for any gate."""
                 p = lax.rem(n, 2)
-                zero = exact_s[p] - 1  # as `exact_scores` wants it
+                zero = unknown_zero(exact_s[p])
+                a_s, w_s, select = work_s.at[zero + _SCORES], work_s.at[zero + _ANY], select_s.at[zero]
                 for s in range(slabs):
                     clamp_log_decay(g_tiles(p, s))
-                    sums = matmul(*((term.T, select_s.T) for term in g_tiles(p, s)), shape=(SLAB, 8))
+                    sums = matmul(*((term.T, select.T) for term in g_tiles(p, s)), shape=(SLAB, 8))
                     before = jnp.exp(pending[s])
                     factors_s.at[p, 0, slab(s)][...] = before
                     factors_s.at[p, 1, slab(s)][...] = before * jnp.exp(cell(sums, 0) + cell(sums, 1))
@@ -241,7 +247,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                     k[...] = (load(k) * jnp.exp(after)).astype(BF16)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(ready.at[p])
-                put_scores(n, a, 1)
+                put_scores(n, a, a_s, 1)
 
             def until_exact(loop):
                 """Make chunks up to an exact one, and that one: apart, as its registers would slow the others."""
@@ -297,7 +303,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
 
                     plgpu.barrier_wait(v_full.at[p])
                     plgpu.barrier_wait(a_ready)
-                    plgpu.wgmma(accumulator, v_s.at[p, w].T, a_s.T)
+                    plgpu.wgmma(accumulator, v_s.at[p, w].T, work_s.at[_SCORES].T)
                     return accumulator[...]
 
                 out = lax.optimization_barrier(pl.run_scoped(output, plgpu.ACC((VALUES, CHUNK), F32)))
@@ -335,12 +341,10 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         tile(2, CHUNK, key_dim),
         tile(2, slabs, terms, CHUNK, SLAB),
         tile(2, warpgroups, CHUNK, VALUES),
-        tile(CHUNK, CHUNK),
+        tile(3, CHUNK, CHUNK),
         tile(warpgroups, CHUNK, VALUES),
-        tile(CHUNK, CHUNK),
-        tile(CHUNK, CHUNK),
         tile(CHUNK, SLAB),
-        tile(8, CHUNK),
+        tile(1, 8, CHUNK),
         plgpu.SMEM((2, 2, key_dim), F32),
         plgpu.SMEM((2,), jnp.int32),
         *([tile(warpgroups, slabs, SLAB, VALUES)] if save is not None else []),

@@ -37,6 +37,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     put_table,
     result,
     tile,
+    unknown_zero,
     zeros,
 )
 
@@ -68,7 +69,8 @@ def prepare(q, k, g, *, scale, interpret=False):
         q_ref, k_ref, select_ref, triangles_ref, tables_ref = take(5)
         g_refs = take(terms)
         gated_q_ref, gated_k_ref, scores_ref, decay_ref, exact_ref = take(5)
-        q_s, k_s, g_s, q_level_s, k_level_s, w_s, select_s, factors_s, exact_s, full, constants_ready = refs
+        q_s, k_s, g_s, work_s, select_s, factors_s, exact_s, full, constants_ready = refs
+        q_level_s, k_level_s, w_s = (work_s.at[i] for i in range(3))
 
         n, head, row = lax.axis_index("n"), lax.axis_index("h"), lax.axis_index("b")
         tokens = pl.ds(n * CHUNK, CHUNK)
@@ -126,11 +128,13 @@ def prepare(q, k, g, *, scale, interpret=False):
 
         def unbounded(i, a):
             """Make some slabs again, for any gate."""
-            zero = exact_s[0] - 1  # as `exact_scores` wants it
+            zero = unknown_zero(exact_s[0])
+            q_level_s, k_level_s, w_s = (work_s.at[zero + i] for i in range(3))
             plgpu.commit_smem()
             for stage in range(together):
                 fetch(i * together + stage, stage)
-            tiles = [(q_s.at[stage], k_s.at[stage], g_tiles(stage)) for stage in range(together)]
+            stages = [stage + zero for stage in range(together)]
+            tiles = [(q_s.at[stage], k_s.at[stage], g_tiles(stage)) for stage in stages]
             for stage, (_, _, g) in enumerate(tiles):
                 plgpu.barrier_wait(full.at[stage])
                 clamp_log_decay(g)
@@ -188,7 +192,7 @@ def prepare(q, k, g, *, scale, interpret=False):
             tile(STAGES, CHUNK, SLAB),
             tile(STAGES, CHUNK, SLAB),
             tile(STAGES, terms, CHUNK, SLAB),
-            *(tile(CHUNK, SLAB) for _ in range(3)),
+            tile(3, CHUNK, SLAB),
             tile(8, CHUNK),
             plgpu.SMEM((2, SLAB), F32),
             plgpu.SMEM((1,), jnp.int32),
