@@ -11,11 +11,12 @@ the one that it does not use. With q~, k~ and a = e^{G_last} of `prepare`,
 
 No exponent in these is positive, so exact chunks in the other half of a group do no harm.
 
-One warpgroup copies. The other two, with the registers that this leaves them, each take a chunk and all 128 channels:
-sums over the value columns accumulate, and in one of the two the states are made as well, while the other goes on with
-the products that need none. What streams passes through two stages of shared memory; then one stage holds queries and
-keys, and what is computed goes where room is. From there on both chunks run the same code: with a copy for each,
-instructions come too slowly.
+Two warpgroups each take 64 channels of both chunks and hold everything transposed, [channels, tokens], so that a decay
+is a number a row, a sum over tokens stays within four lanes, and a state that was just made is the left operand of its
+product from registers. The two have no value to exchange but M: until their sums over the value columns are complete
+neither waits for the other. The third warpgroup copies, and sums M of the second chunk and most of M_00: the rest of
+its rows go to the other two, as that is what registers allow. What streams passes through two stages of shared memory;
+then one stage holds queries and keys, and what is computed goes where room is.
 
 All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
 it; it wants states of every other chunk, and `rebuild_states` makes those that it lacks.
@@ -37,10 +38,8 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BF16,
     CHUNK,
     COL,
-    CONSUMER,
     F32,
     LOG2_E,
-    PRODUCER,
     ROW,
     SHIFTED,
     SLAB,
@@ -53,17 +52,15 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     constants,
     decay_source,
     first_columns,
-    halves,
     kernel,
     load,
     matmul,
-    put_split,
     result,
-    set_registers,
     tile,
     zero_row,
 )
 
+_REGISTERS, _FEWER_REGISTERS = 192, 120  # a thread of the first two warpgroups and of the third, 3 x 168 in all
 _STAGES, _TILES = 2, 10  # stages of shared memory, tiles of each
 _BESIDE = _STAGES * _TILES  # the first tile after the stages
 _AHEAD = 2  # value columns from what is fetched to what is asked of the memory
@@ -72,11 +69,12 @@ _SLABS = 2  # of channels in a thread block
 # A stage of value columns: v of chunks 0 and 1 and d_out of 2 and 3 of the group, which both blocks read; what one
 # alone reads, d_out of 0 and 1 or v of 2 and 3; S and dS.
 _V01, _DO23, _OWN, _S, _DS = 0, 2, 4, 6, 8
-# After these, one stage holds q, k and the log decays of the first chunk, one two tiles to use, M_10 and M_11.
+# After these, one stage holds q, k and the log decays of the first chunk, one W, M_10 and M_11.
 _Q, _K, _G0 = 0, 4, 8
-_A, _B, _M1 = 0, 4, 8
+_W, _SPARE, _M1 = 0, 4, 8
 # Beside the stages: gated tiles, and once they are used two tables and M_00; log decays of the second chunk, a table.
 _GATED, _TO_HERE, _BEFORE, _M0, _G1, _SHIFTED = 0, 0, 1, 2, 4, 6
+_M0_ROWS, _M0_MORE = 48, 8  # of M_00: those of the third warpgroup, and of each of the others after them
 _TO_MIDDLE, _FROM_MIDDLE = range(2)  # the decays over the halves of a chunk
 
 
@@ -121,8 +119,8 @@ def backward_quads(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         gated_q_ref, gated_k_ref, decay_ref,
         dq_ref, dk_ref, dg_ref,
-        buffer_s, select_s, a_s, decays_s, dot_s, sums_s,
-        gated_full, tables_full, constants_full, full, free, rebuilt, spent, streamed, gated, crossed, done,
+        buffer_s, select_s, a_s, decays_s,
+        gated_full, tables_full, constants_full, keys_full, full, free, spent, m_ready, m0_ready, done,
     ):  # fmt: skip
         row, head, pair, block = (lax.axis_index(a) for a in "bhnk")
         if share > 1:
@@ -139,11 +137,25 @@ def backward_quads(
         channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
         tiles = lambda stage, first, count=1: part(stage * _TILES + first, count)
         at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
+        rows = lambda stage, first, start, count: buffer_s.at[pl.ds((stage * _TILES + first) * CHUNK + start, count)]
         m_at = lambda index: part(jnp.where(index == 0, _BESIDE + _M0, last * _TILES + _M1 + index - 1))
         g_at = lambda s, c: part(jnp.where(c == 0, of_keys * _TILES + _G0, _BESIDE + _G1) + s)
         gated_at = lambda c, s: beside(_GATED + 2 * s + c)
-        column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
-        spread = lambda x: lax.broadcast_in_dim(x, (CHUNK, SLAB), [1])
+
+        # what both blocks of a cluster have, by what it is for: first tiles in a stage
+        own_d_out, own_v, d_out_or_v = _OWN - 2 * p, 4 * p, _DO23 - 2 * p  # of the own chunks; for the rebuilding
+        saved, lacked = _S + 2 * p, _DS - 2 * p  # the state that is used as it is, and that from which one is made
+
+        def set_registers(count, action):
+            if not interpret:
+                plgpu.set_max_registers(count, action=action)
+
+        def left_operand(x, spare):
+            """Return bfloat16 registers to multiply from the left; the interpreter wants them in shared memory."""
+            if not interpret:
+                return x
+            spare[...] = x
+            return spare
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
@@ -189,7 +201,6 @@ def backward_quads(
                 copy(source, tiles(slot, first, 2), collective_axes=shared)
             for index, source in enumerate(own):
                 pl.when(p == index)(functools.partial(copy, source, tiles(slot, _OWN, 2)))
-            plgpu.barrier_arrive(full.at[slot])  # there are six copies of keys and gates
 
         def prefetch_values(j):
             """Ask the memory for value columns before there is room for them, so that they then come from the cache."""
@@ -202,12 +213,12 @@ def backward_quads(
                 pl.when(p == index)(functools.partial(plgpu.async_prefetch, source))
 
         def copy_keys():
-            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full.at[of_keys])
+            copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=keys_full)
             for s in range(_SLABS):
                 two = pl.ds(2 * pair * CHUNK, 2 * CHUNK)
                 copy(q_ref.at[row, two, head, channels(s)], tiles(of_keys, _Q + 2 * s, 2))
                 copy(k_ref.at[row, two, kv_head, channels(s)], tiles(of_keys, _K + 2 * s, 2))
-            copy_gates(0, full.at[of_keys])
+            copy_gates(0, keys_full)
 
         def copy_gates(c, on):
             for s in range(_SLABS):
@@ -218,198 +229,164 @@ def backward_quads(
             value = plgpu.load(a_s.at[c, pl.ds(s * SLAB, SLAB)], layout=layout, optimized=False)
             return jnp.where(others + c < chunks, value, 1.0)
 
-        def prepare_rebuilding():
-            """Give the gated tiles that are further away the decay of the nearer chunk; return those of both chunks."""
+        def prepare_rebuilding(s):
+            """Give the gated tile that is further away the decay of the nearer chunk; return that of both chunks."""
             plgpu.barrier_wait(gated_full)
-            for s in range(_SLABS):
-                far = gated_at(1 - p, s)
-                far[...] = (load(far) * spread(decay_of(p, s, COL))).astype(BF16)
+            far = gated_at(1 - p, s)
+            decay = lax.broadcast_in_dim(decay_of(p, s, COL), (CHUNK, SLAB), [1])
+            far[...] = (load(far) * decay).astype(BF16)
             plgpu.commit_smem()
-            return [decay_of(0, s, ROW) * decay_of(1, s, ROW) for s in range(_SLABS)]
+            return decay_of(0, s, ROW) * decay_of(1, s, ROW)
 
-        def rebuild(slot, decays, *, meanwhile):
-            """Put the missing state in place of the saved one, and issue other products after those of a slab."""
-            of_others = lambda x: tiles(slot, _DO23 - 2 * p + x)
-            for s in range(_SLABS):
-                target = tiles(slot, _DS - 2 * p + s)
-                state = load(target) * along_rows(decays[s], (SLAB, SLAB))
-                products = [(gated_at(x, s).T, of_others(x)) for x in range(2)]
-                state = add_matmul(state, *products, interpret=interpret)
-                if s == 0:
-                    meanwhile()
-                target[...] = state.astype(BF16)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(rebuilt.at[_SLABS * slot + s])
+        def stream(s):
+            """Sum over the value columns; put W, rounded, in shared memory, and return Z of both chunks and s."""
+            decays = prepare_rebuilding(s)
+            first_row = _M0_ROWS + _M0_MORE * s
 
-        def stream(c):
-            """Sum over the value columns: M of the chunks, Z and W, of the saved state first, and s."""
-            if c == 0:
-                decays = prepare_rebuilding()
-
-            def accumulate(*sums):
-                m, of_saved, of_made = sums
-
-                def one(j, totals):
+            def accumulate(of_saved, of_made, m0):
+                def one(j, dot):
                     slot = lax.rem(j, _STAGES)
-                    d_out_first, v_first = _OWN - 2 * p, 4 * p  # of the block's own chunks
                     plgpu.barrier_wait(full.at[slot])
-
-                    def add(accumulator, of_d_out):  # Z, or else W: which state was saved depends on the block
-                        read = jnp.where(of_d_out, d_out_first, v_first) + c
-                        state = jnp.where(of_d_out, _S, _DS)
-                        plgpu.wgmma(accumulator, tiles(slot, read), tiles(slot, state, _SLABS).T)
-
-                    def add_known():
-                        plgpu.wgmma(m, tiles(slot, d_out_first + c), tiles(slot, v_first, c + 1).T)
-                        add(of_saved, p == 0)
-
-                    if c == 0:
-                        rebuild(slot, decays, meanwhile=add_known)
-                        pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
-                        add(of_made, p == 1)
-                    else:
-                        add_known()
-                        dots = []
-                        for s, total in enumerate(totals):
-                            plgpu.barrier_wait(rebuilt.at[_SLABS * slot + s])
-                            if s == _SLABS - 1:
-                                add(of_made, p == 1)
-                            product = load(tiles(slot, _S + s)) * load(tiles(slot, _DS + s))
-                            dots.append(total + jnp.sum(product, axis=1))
-                        totals = tuple(dots)
+                    own = lambda is_d_out: tiles(slot, jnp.where(is_d_out, own_d_out, own_v), 2).T
+                    used, target = tiles(slot, saved + s), tiles(slot, lacked + s)
+                    made = matmul(*((gated_at(x, s).T, tiles(slot, d_out_or_v + x)) for x in range(2)))
+                    plgpu.wgmma(of_saved, used, own(p == 0))
+                    plgpu.wgmma(m0, tiles(slot, own_v), rows(slot, own_d_out, first_row, _M0_MORE).T)
+                    made += load(target) * along_rows(decays, (SLAB, SLAB))
+                    made = lax.optimization_barrier(made.astype(BF16))  # rounded once, for both uses
+                    dot += jnp.sum(load(used) * made.astype(F32), axis=1)
+                    plgpu.wgmma(of_made, left_operand(made, target), own(p == 1))
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
-                    return totals
+                    pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(spent))
+                    return dot
 
-                totals = lax.fori_loop(0, value_tiles, one, (zero_row(), zero_row()) if c == 1 else ())
-                return *(x[...] for x in sums), *totals
+                dot = lax.fori_loop(0, value_tiles, one, zero_row())
+                return of_saved[...], of_made[...], m0[...], dot
 
-            wide = plgpu.ACC((CHUNK, _SLABS * SLAB), F32)
-            sums = wide if c else plgpu.ACC((CHUNK, SLAB), F32), wide, wide
-            m, of_saved, of_made, *totals = lax.optimization_barrier(pl.run_scoped(accumulate, *sums))
-            parts = lambda x: tuple(x[:, i : i + SLAB] for i in range(0, x.shape[1], SLAB))
-            return parts(m), parts(of_saved), parts(of_made), totals
+            accumulator = lambda columns: plgpu.ACC((SLAB, columns), F32)
+            sums = pl.run_scoped(accumulate, accumulator(2 * CHUNK), accumulator(2 * CHUNK), accumulator(_M0_MORE))
+            *sums, m0, dot = lax.optimization_barrier(sums)
+            of_saved, of_made = ((x[:, :CHUNK], x[:, CHUNK:]) for x in sums)
+            plgpu.barrier_wait(m_ready)  # nor does the other warpgroup read what streamed any more
+            put_m0(m0, first_row)
 
-        def start(c):
-            """Stream, and put M and W, rounded, in shared memory; return Z."""
-            m, of_saved, of_made, totals = stream(c)
-            plgpu.barrier_wait(tables_full)
-            sync(streamed)
-            iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
-            lower = lambda x: jnp.where(iota(0) >= iota(1), x, 0.0).astype(BF16)
-            if c == 0:
-                m_at(0)[...] = lower(m[0])
-            else:
-                m_at(1)[...] = m[0].astype(BF16)
-                m_at(2)[...] = lower(m[1])
-                for s in range(_SLABS):
-                    dot_s.at[s][...] = totals[s]
-            for s in range(_SLABS):
-                at(last, _B, s, c)[...] = jnp.where(p == 0, of_made[s], of_saved[s]).astype(BF16)
-            return lax.cond(p == 0, lambda: of_saved, lambda: of_made)
+            def put_w(w):
+                for c in range(2):
+                    at(last, _W, s, c).T[...] = w[c].astype(BF16)
+
+            pl.when(p == 0)(lambda: put_w(of_made))
+            pl.when(p == 1)(lambda: put_w(of_saved))
+            return lax.cond(p == 0, lambda: of_saved, lambda: of_made), dot
+
+        def put_m0(x, first):
+            """Write rows of M_00, lower triangular, from registers [C, rows]."""
+            iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=WGMMA)
+            x = jnp.where(iota(0) <= iota(1) + first, x, 0.0).astype(BF16)
+            rows(_STAGES, _M0, first, x.shape[1]).T[...] = x
+
+        def gate(s, c):
+            """Make q' and k', and the decays over the halves of a chunk."""
+            g_tile, q_tile, k_tile = g_at(s, c), at(of_keys, _Q, s, c), at(of_keys, _K, s, c)
+
+            def products(halves_of_g, d):
+                plgpu.wgmma(halves_of_g, g_tile.T, select_s.T)
+                plgpu.wgmma(d, g_tile.T, shift_s.T)
+                return halves_of_g[...], d[...]
+
+            accumulators = plgpu.ACC((SLAB, 8), F32), plgpu.ACC((SLAB, CHUNK), F32)
+            halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
+            for index, x in enumerate(first_columns(halves_of_g)):
+                decays_s.at[s, c, index][...] = jnp.exp(x)
+            d = d * LOG2_E
+            q_tile.T[...] = (load(q_tile.T) * jnp.exp2(d + log_scale)).astype(BF16)
+            k_tile.T[...] = (load(k_tile.T) * jnp.exp2(-d)).astype(BF16)
 
         def work():
-            set_registers(CONSUMER, interpret)
-            c = warpgroup
-            zs = lax.cond(c == 0, functools.partial(start, 0), functools.partial(start, 1))
-
-            # q', k' and the decays
-            plgpu.barrier_wait(full.at[of_keys])
-
-            def gate(s, _):
-                g_tile, q_tile, k_tile = g_at(s, c), at(of_keys, _Q, s, c), at(of_keys, _K, s, c)
-
-                def products(halves_of_g, d):
-                    plgpu.wgmma(halves_of_g, g_tile.T, select_s.T)
-                    plgpu.wgmma(d, shift_s, g_tile)
-                    return halves_of_g[...], d[...]
-
-                accumulators = plgpu.ACC((SLAB, 8), F32), plgpu.ACC((CHUNK, SLAB), F32)
-                halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
-                for index, x in enumerate(first_columns(halves_of_g)):
-                    decays_s.at[s, c, index][...] = jnp.exp(x)
-                d = d * LOG2_E
-                q_tile[...] = (load(q_tile) * jnp.exp2(d + log_scale)).astype(BF16)
-                k_tile[...] = (load(k_tile) * jnp.exp2(-d)).astype(BF16)
-
-            lax.fori_loop(0, _SLABS, gate, None)
+            set_registers(_REGISTERS, "increase")
+            s = warpgroup
+            z, dot = stream(s)
+            plgpu.barrier_wait(tables_full)
+            plgpu.barrier_wait(keys_full)
+            lax.fori_loop(0, 2, lambda c, _: gate(s, c), None)
             plgpu.commit_smem()
-            sync(gated)
+            sync(m0_ready)
+            zs, gains = cross(s, z, dot)
             plgpu.barrier_wait(constants_full)
 
-            def one_slab(s, zs):
-                finish(s, c, zs[0])
-                return zs[1], zs[1]
+            def one_chunk(c, carry):
+                finish(s, c, carry[0], jnp.where(c == 0, *gains))
+                return carry[1], carry[1]
 
-            lax.fori_loop(0, _SLABS, one_slab, tuple(zs))
+            lax.fori_loop(0, 2, one_chunk, zs)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        def finish(s, c, z):
-            """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
-            g_tile = g_at(s, c)
-            exponents = lambda: matmul((shift_s, g_at(s, c))) * LOG2_E
-            q_tile, k_tile, other_q, other_k = (at(of_keys, x, s, d) for d in (c, 1 - c) for x in (_Q, _K))
-            a_tile, b_tile = (at(last, x, s, c) for x in (_A, _B))
-            to_end = lambda: column(decays_s.at[s, 1, _FROM_MIDDLE])
-            from_start = lambda: column(decays_s.at[s, 0, _TO_MIDDLE])
-            between = lambda: column(decays_s.at[s, 0, _FROM_MIDDLE]) * column(decays_s.at[s, 1, _TO_MIDDLE])
+        def decay_at(s, c, index):
+            return plgpu.load(decays_s.at[s, c, index], layout=ROW, optimized=False)
 
-            def put_sums(x, of_chunk):
-                """Write the sums over tokens by a product: reductions of two warpgroups would share their memory."""
-                a_tile[...] = x.astype(BF16)
-                plgpu.commit_smem()
-                first, second = halves([a_tile], select_s)
-                sums_s.at[s, of_chunk][...] = first + second
+        def scaled(x, factor):
+            return x * along_rows(factor, (SLAB, CHUNK))
+
+        def cross(s, z, dot):
+            """Add to Z and W what goes from one chunk to the other; return Z, and what dg gains, of both chunks."""
+            q_tile, k_tile, w_tile = at(of_keys, _Q, s, 1), at(of_keys, _K, s, 0), at(last, _W, s, 0)
+            from_start, to_end = decay_at(s, 0, _TO_MIDDLE), decay_at(s, 1, _FROM_MIDDLE)
+            between = decay_at(s, 0, _FROM_MIDDLE) * decay_at(s, 1, _TO_MIDDLE)
+            w = scaled(load(w_tile.T), to_end)
+            of_k = jnp.sum(load(k_tile.T) * w, axis=1)
+            w = scaled(add_matmul(w, (q_tile.T, m_at(1)), interpret=interpret), between)
+            w_tile.T[...] = w.astype(BF16)
+            x = scaled(z[1], from_start)
+            of_q = jnp.sum(load(q_tile.T) * x, axis=1)
+            x = scaled(add_matmul(x, (k_tile.T, m_at(1).T), interpret=interpret), between)
+            constant = dot * from_start * to_end
+            return (scaled(z[0], from_start), x), (between * (constant + of_q), between * (constant + of_k))
+
+        def finish(s, c, z, gain):
+            """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
+            q_tile, k_tile, w_tile, g_tile = (
+                at(of_keys, _Q, s, c),
+                at(of_keys, _K, s, c),
+                at(last, _W, s, c),
+                g_at(s, c),
+            )
+            m_tile = m_at(2 * c)
 
             def put(x, target, out_ref):
-                target[...] = x.astype(BF16)
+                target.T[...] = x.astype(BF16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(target, out_ref.at[row, tokens(c), head, channels(s)])
 
-            load_w = lambda: load(b_tile) * spread(to_end())
+            def products(d, y):
+                plgpu.wgmma(d, g_tile.T, shift_s.T)
+                plgpu.wgmma(y, q_tile.T, m_tile)
+                return d[...], y[...]
 
-            # what goes from one chunk to the other
-            z = z * spread(from_start())
-            x = jnp.where(c == 0, load_w(), z)
-            put_sums(load(at(of_keys, jnp.where(c == 0, _K, _Q), s, c)) * x, 1 - c)
-            x = lax.cond(
-                c == 0,
-                lambda x: add_matmul(x, (m_at(1).T, other_q), interpret=interpret),
-                lambda x: add_matmul(x, (m_at(1), other_k), interpret=interpret),
-                x,
-            ) * spread(between())
-
-            @pl.when(c == 0)
-            def _():
-                b_tile[...] = x.astype(BF16)
-
-            z = jnp.where(c == 0, z, x)
-            plgpu.barrier_arrive(crossed.at[s])
-
-            # dq, dk, and of dg the products of both sides, whose large parts cancel
-            x = add_matmul(z, (m_at(2 * c), k_tile), interpret=interpret)
-            put(x * jnp.exp2(exponents() + log_scale), a_tile, dq_ref)
-            product = load(q_tile) * x
-            y_m = matmul((m_at(2 * c).T, q_tile))
-            product -= load(k_tile) * y_m
-            plgpu.barrier_wait(crossed.at[s])  # the other chunk has read this one's q' and k'
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            put_split(product, a_tile, q_tile)
-            y = load(b_tile) * jnp.where(c == 0, 1.0, spread(to_end()))
-            b_tile[...] = (load(k_tile) * y).astype(BF16)
-            put((y + y_m) * jnp.exp2(-exponents()), k_tile, dk_ref)
-
-            dg = matmul((to_here_s.T, a_tile), (to_here_s.T, q_tile), (before_s, b_tile))
-            constant = column(dot_s.at[s]) * from_start() * to_end()
-            put(dg + spread(between() * (constant + column(sums_s.at[s, c]))), g_tile, dg_ref)
+            accumulator = plgpu.ACC((SLAB, CHUNK), F32)
+            d, y = lax.optimization_barrier(pl.run_scoped(products, accumulator, accumulator))
+            d = d * LOG2_E
+            x = add_matmul(z, (k_tile.T, m_tile.T), interpret=interpret)
+            # of dg the products of both sides, whose large parts cancel: they take two terms
+            product = load(q_tile.T) * x
+            put(x * jnp.exp2(d + log_scale), q_tile, dq_ref)
+            product -= load(k_tile.T) * y
+            w = scaled(load(w_tile.T), jnp.where(c == 0, 1.0, decay_at(s, 1, _FROM_MIDDLE)))
+            of_k = lax.optimization_barrier((load(k_tile.T) * w).astype(BF16))
+            put((y + w) * jnp.exp2(-d), k_tile, dk_ref)
+            high = lax.optimization_barrier(product.astype(BF16))
+            low = (product - high.astype(F32)).astype(BF16)
+            terms = zip((high, low, of_k), (w_tile, g_tile, at(last, _SPARE, s, c)), strict=True)
+            high, low, of_k = (left_operand(*term) for term in terms)
+            dg = matmul((high, to_here_s), (low, to_here_s), (of_k, before_s.T))
+            put(dg + along_rows(gain, (SLAB, CHUNK)), g_tile, dg_ref)
 
         @pl.when(warpgroup == 2)
-        def _copies():
-            set_registers(PRODUCER, interpret)
+        def _copy_and_sum_m():
+            set_registers(_FEWER_REGISTERS, "decrease")
             number = block + key_tiles * (group_index + groups * (head + heads * row))
             clusters = batch * heads * groups * key_tiles
-            begin_apart(number, clusters, at_once=at_once, groups=8, clocks=5800, interpret=interpret)
+            begin_apart(number, clusters, at_once=at_once, groups=8, clocks=4600, interpret=interpret)
             pl.when(p == 0)(lambda: copy_gated(gated_q_ref))
             pl.when(p == 1)(lambda: copy_gated(gated_k_ref))
 
@@ -417,22 +394,45 @@ def backward_quads(
                 plgpu.barrier_wait(spent)
                 copy_constants()
 
-            def fill(j, _):
-                pl.when(j == value_tiles + 1)(constants_when_spent)
-                pl.when(j >= _STAGES)(lambda: plgpu.barrier_wait(free.at[lax.rem(j, _STAGES)]))
+            def fill(j):
                 pl.when(j < value_tiles)(lambda: copy_values(j))
                 pl.when(j + _AHEAD < value_tiles)(lambda: prefetch_values(j + _AHEAD))
                 pl.when(j == 1)(copy_tables)
                 pl.when(j == value_tiles)(copy_keys)
+                pl.when(j == value_tiles + 1)(constants_when_spent)
 
-            lax.fori_loop(0, value_tiles + _STAGES, fill, None)
+            lax.fori_loop(0, _STAGES, lambda j, _: fill(j), None)
+
+            def accumulate(m0, m1):
+                def one(j, _):
+                    slot = lax.rem(j, _STAGES)
+                    plgpu.barrier_wait(full.at[slot])
+                    plgpu.wgmma(m0, tiles(slot, own_v), rows(slot, own_d_out, 0, _M0_ROWS).T)
+                    plgpu.wgmma(m1, tiles(slot, own_d_out + 1), tiles(slot, own_v, 2).T)
+                    plgpu.wgmma_wait(0)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(free.at[slot])
+                    plgpu.barrier_wait(free.at[slot])
+                    fill(j + _STAGES)
+
+                lax.fori_loop(0, value_tiles, one, None)
+                return m0[...], m1[...]
+
+            accumulators = plgpu.ACC((CHUNK, _M0_ROWS), F32), plgpu.ACC((CHUNK, 2 * CHUNK), F32)
+            m0, m1 = lax.optimization_barrier(pl.run_scoped(accumulate, *accumulators))
+            put_m0(m0, 0)
+            m_at(1)[...] = m1[:, :CHUNK].astype(BF16)
+            iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis, layout=WGMMA)
+            m_at(2)[...] = jnp.where(iota(0) >= iota(1), m1[:, CHUNK:], 0.0).astype(BF16)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(m_ready)
 
         pl.when(warpgroup < 2)(work)
         sync(done)  # no warpgroup leaves while another still issues matrix products
 
-    free = barrier(2, _STAGES)
+    free = barrier(3, _STAGES)
     if share > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=2, num_barriers=_STAGES)
+        free = plgpu.ClusterBarrier(collective_axes=("c",), num_arrivals=3, num_barriers=_STAGES)
     cluster = {"cluster": (share,), "cluster_names": ("c",)} if share > 1 else {}
     run = kernel(
         body,
@@ -447,18 +447,15 @@ def backward_quads(
             tile(8, CHUNK),
             plgpu.SMEM((2, _SLABS * SLAB), F32),  # a_s
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
-            plgpu.SMEM((_SLABS, SLAB), F32),  # dot_s
-            plgpu.SMEM((_SLABS, 2, SLAB), F32),  # sums_s
             barrier(4),  # gated_full
             barrier(2 + _SLABS),  # tables_full
             barrier(2),  # constants_full
-            barrier(6, _STAGES),  # full
+            barrier(6),  # keys_full
+            barrier(5, _STAGES),  # full
             free,
-            barrier(1, _STAGES * _SLABS),  # rebuilt
-            barrier(1),  # spent
-            barrier(2),  # streamed
-            barrier(2),  # gated
-            barrier(2, _SLABS),  # crossed
+            barrier(2),  # spent
+            barrier(1),  # m_ready
+            barrier(2),  # m0_ready
             barrier(3),  # done
         ],
         **cluster,
