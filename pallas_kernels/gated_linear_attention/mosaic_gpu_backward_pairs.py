@@ -15,7 +15,13 @@ clusters of two share them.
 
 It serves what the usual kernel does not (other than 128 channels at a time, float32 gates), and does again the pairs
 that the usual one gets wrong, those with an exact chunk. A thread block then visits several pairs, as nearly all of
-them need nothing.
+them need nothing. After `backward_quads` only S before the first and dS after the last of four chunks are saved. With
+q~, k~ and a = e^{G_last} of `prepare`, the block first makes what a pair lacks,
+
+    after chunks 0 and 1,   dS = a_2 (a_3 dS + q~_3^T do_3) + q~_2^T do_2,
+    before chunks 2 and 3,  S  = a_1 (a_0 S  + k~_0^T v_0 ) + k~_1^T v_1,
+
+and writes it to a place that all its pairs share.
 """
 
 import functools
@@ -31,10 +37,12 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     CHUNK,
     COL,
     F32,
+    ROW,
     SHIFTED,
     SLAB,
     UP_TO_HERE,
     add_matmul,
+    along_rows,
     barrier,
     choose,
     clamp_log_decay,
@@ -71,7 +79,7 @@ def visit_exact(exact_ref, number, one_pair):
 
 
 def backward_pairs(
-    q, k, v, g, d_out, states, d_states, exact, results=None, missing=None, *, scale, at_edges, interpret=False
+    q, k, v, g, d_out, states, d_states, exact, results=None, prepared=None, *, scale, at_edges, interpret=False
 ):  # fmt: skip
     """Compute the gradients of q, k and g, all pairs of chunks at once.
 
@@ -84,8 +92,8 @@ def backward_pairs(
         scale: of the query.
         at_edges: which of the two `states` and `d_states` are.
         results: dq, dk and dg, right but for the pairs that have an exact chunk: only those are computed, in place.
-        missing: what `rebuild_states` returns, where `states` and `d_states` are only those of every other pair: S
-            before even pairs and dS after odd ones.
+        prepared: gated q, gated k and decay of `prepare`, where `states` and `d_states` are only those of every other
+            pair, S before even pairs and dS after odd ones; with `results` only.
         interpret: run in the interpreter.
 
     Returns:
@@ -104,14 +112,16 @@ def backward_pairs(
         *refs,
     ):  # fmt: skip
         g_refs, refs = refs[:terms], refs[terms:]
-        if missing is not None:
-            missing_ref, refs = refs[0], refs[1:]
+        gated_q_ref, gated_k_ref, decay_ref, *refs = refs if prepared is not None else (None, None, None, *refs)
         (
-            dq_ref, dk_ref, dg_ref,
+            dq_ref, dk_ref, dg_ref, *refs,
+        ) = refs  # fmt: skip
+        missing_ref, *refs = refs if prepared is not None else (None, *refs)
+        (
             q_s, k_s, g_s, v_s, d_out_s, r_s, du_s, m_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s,
             sums_s, exact_s,
             inputs_full, full, free, q_ready, k_ready, m_ready, decays_ready, streamed, products_ready, clamped,
-            raw_full, done,
+            raw_full, saved_full, done,
         ) = refs  # fmt: skip
         number, head, row = (lax.axis_index(a) for a in "nhb")
         key_index = lax.axis_index("k") * share + (lax.axis_index("c") if share > 1 else 0)
@@ -121,6 +131,7 @@ def backward_pairs(
 
         def one_pair(pair):
             tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
+            two, odd = lax.div(pair, 2), lax.rem(pair, 2)  # of two pairs that share what is saved
             g_tiles = lambda c: [g_s.at[c, t] for t in range(terms)]
             exponents = lambda w, c: matmul(*((w, term) for term in g_tiles(c)))
             column = lambda ref: plgpu.load(ref, layout=COL, optimized=False)
@@ -160,12 +171,64 @@ def backward_pairs(
                     plgpu.copy_gmem_to_smem(of_pair(start_ref, start), r_s.at[slot], full.at[slot])
                     plgpu.copy_gmem_to_smem(of_pair(end_ref, end), du_s.at[slot], full.at[slot])
 
-                if missing is None:
+                if prepared is None:
                     copy_states(states_ref, pair, d_states_ref, pair)
                 else:
-                    odd, two = lax.rem(pair, 2), lax.div(pair, 2)
-                    pl.when(odd == 0)(lambda: copy_states(states_ref, two, missing_ref, pair))
-                    pl.when(odd == 1)(lambda: copy_states(missing_ref, pair, d_states_ref, two))
+                    pl.when(odd == 0)(lambda: copy_states(states_ref, two, missing_ref, number))
+                    pl.when(odd == 1)(lambda: copy_states(missing_ref, number, d_states_ref, two))
+
+            def rebuild_state():
+                """Make what was not saved, dS after an even pair or S before an odd one, in this block's own place."""
+                first = 4 * two + 2 * (1 - odd)  # of the two chunks between the pair and what was saved
+                between = first + odd, first + 1 - odd  # the one next to the pair first
+                gated_s, written_s, state_s, result_s = q_s, (r_s, du_s), k_s, m_s.at[2]  # which hold nothing yet
+                gated_full = raw_full.at[warpgroup]
+
+                def copy_gated(ref):
+                    for i, n in enumerate(between):
+                        source = ref.at[row, pl.ds(n * CHUNK, CHUNK), head, channels]
+                        plgpu.copy_gmem_to_smem(source, gated_s.at[i], gated_full)
+
+                def fill(j):
+                    def copy(saved_ref, ref, ref_head):
+                        slot, columns = lax.rem(j, 2), pl.ds(j * SLAB, SLAB)
+                        saved = saved_ref.at[row, head, two, channels, columns]
+                        plgpu.copy_gmem_to_smem(saved, state_s.at[slot], saved_full.at[slot])
+                        for written, n in zip(written_s, between, strict=True):
+                            source = ref.at[row, pl.ds(n * CHUNK, CHUNK), ref_head, columns]
+                            plgpu.copy_gmem_to_smem(source, written.at[slot], saved_full.at[slot])
+
+                    pl.when(odd == 0)(lambda: copy(d_states_ref, d_out_ref, head))
+                    pl.when(odd == 1)(lambda: copy(states_ref, v_ref, kv_head))
+
+                def decay_of(n):  # a row may end within a group
+                    source = decay_ref.at[row, head, jnp.minimum(n, chunks - 1), channels]
+                    return jnp.where(n < chunks, plgpu.load(source, layout=ROW, optimized=False), 1.0)
+
+                pl.when(odd == 0)(lambda: copy_gated(gated_q_ref))
+                pl.when(odd == 1)(lambda: copy_gated(gated_k_ref))
+                for j in range(min(2, value_tiles)):
+                    fill(j)
+                decays = [decay_of(n) for n in between]
+                plgpu.barrier_wait(gated_full)
+
+                def columns_of(j, _):
+                    slot = lax.rem(j, 2)
+                    plgpu.barrier_wait(saved_full.at[slot])
+                    state = load(state_s.at[slot])
+                    for i in (1, 0):
+                        product = matmul((gated_s.at[i].T, written_s[i].at[slot]))
+                        state = along_rows(decays[i], (SLAB, SLAB)) * state + product
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    result_s[...] = state.astype(BF16)
+                    plgpu.commit_smem()
+                    target = missing_ref.at[row, head, number, channels, pl.ds(j * SLAB, SLAB)]
+                    plgpu.copy_smem_to_gmem(result_s, target)
+                    pl.when(j + 2 < value_tiles)(lambda: fill(j + 2))
+
+                lax.fori_loop(0, value_tiles, columns_of, None)
+                plgpu.wait_smem_to_gmem(0)
+                plgpu.commit_smem()
 
             def gate(raw, c, factor, sign, exact, table, ready):
                 """Replace the raw tile by the gated one; `table` is the triangle that an exact chunk takes."""
@@ -349,6 +412,8 @@ def backward_pairs(
 
             def work(side, c):
                 if (side, c) == (key, 0):
+                    if prepared is not None:
+                        rebuild_state()
                     copy_inputs()
                     for j in range(min(_STAGES, value_tiles)):
                         copy_values(j)
@@ -391,19 +456,25 @@ def backward_pairs(
     scratch += [tile(_STAGES, SLAB, SLAB)] * 2 + [tile(3, CHUNK, CHUNK)] + [tile(CHUNK, CHUNK)] * 3 + [tile(8, CHUNK)]
     scratch += [plgpu.SMEM((6, SLAB), F32), plgpu.SMEM((SLAB,), F32), plgpu.SMEM((2, SLAB), F32)]
     scratch += [plgpu.SMEM((2,), jnp.int32), barrier(2 * (2 + terms) + 5), barrier(6, _STAGES), free]
-    scratch += [barrier(1, 2)] * 2 + [barrier(1, 3), barrier(1)] + [barrier(4)] * 3 + [barrier(2, 4), done]
+    scratch += [barrier(1, 2)] * 2 + [barrier(1, 3), barrier(1)] + [barrier(4)] * 3
+    scratch += [barrier(2, 4), barrier(3, 2), done]
     cluster = {"cluster": (share,), "cluster_names": ("c",)} if share > 1 else {}
+    blocks = pl.cdiv(pairs, 1 if results is None else RUN)
+    out_type = [result(q.shape, BF16, q)] * 3 if results is None else []
+    if prepared is not None:
+        out_type.append(result((batch, heads, blocks, key_dim, value_dim), BF16, q))
     run = kernel(
         body,
         name="gla_backward_pairs",
         interpret=interpret,
         warpgroups=4,
         changes=0 if results is None else 3,
-        out_type=[result(q.shape, BF16, q)] * 3 if results is None else (),
-        grid=(key_tiles // share, pl.cdiv(pairs, 1 if results is None else RUN), heads, batch),
+        out_type=out_type,
+        grid=(key_tiles // share, blocks, heads, batch),
         grid_names=tuple("knhb"),
         scratch_types=scratch,
         **cluster,
     )
-    extra = () if missing is None else (missing,)
-    return run(q, k, v, d_out, states, d_states, exact, *constants(), *g, *extra, *(results or ()))
+    arrays = q, k, v, d_out, states, d_states, exact, *constants(), *g, *(prepared or ())
+    dq, dk, dg, *_ = run(*arrays, *(results or ()))
+    return dq, dk, dg

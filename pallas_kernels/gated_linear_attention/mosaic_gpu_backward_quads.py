@@ -19,7 +19,7 @@ its rows go to the other two, as that is what registers allow. What streams pass
 then one stage holds queries and keys, and what is computed goes where room is.
 
 All this is for bounded chunks. A pair that has an exact chunk gets a wrong result here, and `backward_pairs` replaces
-it; it wants states of every other chunk, and `rebuild_states` makes those that it lacks.
+it.
 """
 
 import functools
@@ -32,7 +32,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gated_linear_attention.block_sizes import MULTIPROCESSORS
 from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_pairs import backward_pairs
-from pallas_kernels.gated_linear_attention.mosaic_gpu_backward_rebuild import rebuild_states
 from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     BEFORE,
     BF16,
@@ -111,8 +110,7 @@ def backward_quads(
     log_scale = math.log2(scale)
 
     def redo(results):
-        missing = rebuild_states(v, d_out, states, d_states, gated_q, gated_k, decay, exact, interpret=interpret)
-        arrays = (q, k, v, g, d_out, states, d_states, exact, results, missing)
+        arrays = (q, k, v, g, d_out, states, d_states, exact, results, (gated_q, gated_k, decay))
         return backward_pairs(*arrays, scale=scale, at_edges=True, interpret=interpret)
 
     def body(

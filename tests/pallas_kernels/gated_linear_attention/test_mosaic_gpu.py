@@ -25,6 +25,7 @@ CASES = {
     "wide, float32, strong": (1, 64, 1, 1, 64, 192, "strong float32", "initial"),
     "constant": (1, 128, 1, 1, 64, 64, "constant", ""),
     "constant, wide": (1, 64, 1, 1, 64, 128, "constant scalar", "initial endless"),
+    "groups of four, resets": (1, 448, 1, 1, 256, 64, "strong", "initial segments"),
     "cut, odd chunks": (1, 320, 1, 1, 64, 64, "strong", "cut initial"),
 }
 QUICK = ("resets and -inf", "scalar float32, shared heads")  # the others are variations, and the interpreter is slow
