@@ -25,6 +25,7 @@ and writes it to a place that all its pairs share.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -109,14 +110,14 @@ def backward_pairs(
 
     def body(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, exact_ref, select_ref, triangles_ref, tables_ref,
-        *refs,
+        *other_refs,
     ):  # fmt: skip
-        g_refs, refs = refs[:terms], refs[terms:]
-        gated_q_ref, gated_k_ref, decay_ref, *refs = refs if prepared is not None else (None, None, None, *refs)
-        (
-            dq_ref, dk_ref, dg_ref, *refs,
-        ) = refs  # fmt: skip
-        missing_ref, *refs = refs if prepared is not None else (None, *refs)
+        refs = list(other_refs)
+        take: Any = lambda count, present=True: [refs.pop(0) if present else None for _ in range(count)]
+        g_refs = take(terms)
+        gated_q_ref, gated_k_ref, decay_ref = take(3, prepared is not None)
+        dq_ref, dk_ref, dg_ref = take(3)
+        (missing_ref,) = take(1, prepared is not None)
         (
             q_s, k_s, g_s, v_s, d_out_s, r_s, du_s, m_s, shift_s, to_here_s, before_s, select_s, decays_s, dot_s,
             sums_s, exact_s,
