@@ -276,7 +276,7 @@ def _bounded(q, k, v, g, d_out, states, d_states, *, redo, scale, interpret):
             zero_s[0] = jnp.int32(0)
             number = row + batch * (head + heads * pair)
             pairs = batch * heads * chunks // 2
-            begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=6, clocks=5800, interpret=interpret)
+            begin_apart(number, pairs, at_once=MULTIPROCESSORS, groups=6, clocks=4800, interpret=interpret)
             fill(0)
             copy_constants()
             for j in range(1, _STAGES):
