@@ -117,8 +117,8 @@ def backward_quads(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         gated_q_ref, gated_k_ref, decay_ref,
         dq_ref, dk_ref, dg_ref,
-        buffer_s, select_s, a_s, decays_s,
-        gated_full, tables_full, constants_full, keys_full, full, free, spent, m_ready, m0_ready, done,
+        buffer_s, select_s, a_s, decays_s, gains_s,
+        gated_full, tables_full, constants_full, keys_full, full, free, spent, streamed, m_ready, done,
     ):  # fmt: skip
         row, head, pair, block = (lax.axis_index(a) for a in "bhnk")
         if share > 1:
@@ -267,7 +267,7 @@ def backward_quads(
             sums = pl.run_scoped(accumulate, accumulator(2 * CHUNK), accumulator(2 * CHUNK), accumulator(_M0_MORE))
             *sums, m0, dot = lax.optimization_barrier(sums)
             of_saved, of_made = ((x[:, :CHUNK], x[:, CHUNK:]) for x in sums)
-            plgpu.barrier_wait(m_ready)  # nor does the other warpgroup read what streamed any more
+            sync(streamed)  # nor do the other warpgroups read what streamed any more
             put_m0(m0, first_row)
 
             def put_w(w):
@@ -284,22 +284,25 @@ def backward_quads(
             x = jnp.where(iota(0) <= iota(1) + first, x, 0.0).astype(BF16)
             rows(_STAGES, _M0, first, x.shape[1]).T[...] = x
 
-        def gate(s, c):
-            """Make q' and k', and the decays over the halves of a chunk."""
-            g_tile, q_tile, k_tile = g_at(s, c), at(of_keys, _Q, s, c), at(of_keys, _K, s, c)
+        def gate(s):
+            """Make q' and k' of both chunks, and the decays over their halves."""
+            g_tiles = [g_at(s, c) for c in range(2)]
 
-            def products(halves_of_g, d):
-                plgpu.wgmma(halves_of_g, g_tile.T, select_s.T)
-                plgpu.wgmma(d, g_tile.T, shift_s.T)
-                return halves_of_g[...], d[...]
+            def products(*accumulators):
+                for c, g_tile in enumerate(g_tiles):
+                    plgpu.wgmma(accumulators[c], g_tile.T, select_s.T)
+                    plgpu.wgmma(accumulators[2 + c], g_tile.T, shift_s.T)
+                return tuple(x[...] for x in accumulators)
 
-            accumulators = plgpu.ACC((SLAB, 8), F32), plgpu.ACC((SLAB, CHUNK), F32)
-            halves_of_g, d = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
-            for index, x in enumerate(first_columns(halves_of_g)):
-                decays_s.at[s, c, index][...] = jnp.exp(x)
-            d = d * LOG2_E
-            q_tile.T[...] = (load(q_tile.T) * jnp.exp2(d + log_scale)).astype(BF16)
-            k_tile.T[...] = (load(k_tile.T) * jnp.exp2(-d)).astype(BF16)
+            accumulators = [plgpu.ACC((SLAB, 8), F32)] * 2 + [plgpu.ACC((SLAB, CHUNK), F32)] * 2
+            sums = lax.optimization_barrier(pl.run_scoped(products, *accumulators))
+            for c in range(2):
+                for index, x in enumerate(first_columns(sums[c])):
+                    decays_s.at[s, c, index][...] = jnp.exp(x)
+                d = sums[2 + c] * LOG2_E
+                q_tile, k_tile = at(of_keys, _Q, s, c), at(of_keys, _K, s, c)
+                q_tile.T[...] = (load(q_tile.T) * jnp.exp2(d + log_scale)).astype(BF16)
+                k_tile.T[...] = (load(k_tile.T) * jnp.exp2(-d)).astype(BF16)
 
         def work():
             set_registers(_REGISTERS, "increase")
@@ -307,14 +310,14 @@ def backward_quads(
             z, dot = stream(s)
             plgpu.barrier_wait(tables_full)
             plgpu.barrier_wait(keys_full)
-            lax.fori_loop(0, 2, lambda c, _: gate(s, c), None)
+            gate(s)
             plgpu.commit_smem()
-            sync(m0_ready)
-            zs, gains = cross(s, z, dot)
+            sync(m_ready)
+            zs = cross(s, z, dot)
             plgpu.barrier_wait(constants_full)
 
             def one_chunk(c, carry):
-                finish(s, c, carry[0], jnp.where(c == 0, *gains))
+                finish(s, c, carry[0])
                 return carry[1], carry[1]
 
             lax.fori_loop(0, 2, one_chunk, zs)
@@ -333,15 +336,24 @@ def backward_quads(
             between = decay_at(s, 0, _FROM_MIDDLE) * decay_at(s, 1, _TO_MIDDLE)
             w = scaled(load(w_tile.T), to_end)
             of_k = jnp.sum(load(k_tile.T) * w, axis=1)
-            w = scaled(add_matmul(w, (q_tile.T, m_at(1)), interpret=interpret), between)
-            w_tile.T[...] = w.astype(BF16)
             x = scaled(z[1], from_start)
             of_q = jnp.sum(load(q_tile.T) * x, axis=1)
-            x = scaled(add_matmul(x, (k_tile.T, m_at(1).T), interpret=interpret), between)
-            constant = dot * from_start * to_end
-            return (scaled(z[0], from_start), x), (between * (constant + of_q), between * (constant + of_k))
 
-        def finish(s, c, z, gain):
+            def products(of_w, of_x):
+                plgpu.wgmma(of_w, q_tile.T, m_at(1))
+                plgpu.wgmma(of_x, k_tile.T, m_at(1).T)
+                return of_w[...], of_x[...]
+
+            accumulator = plgpu.ACC((SLAB, CHUNK), F32)
+            of_w, of_x = lax.optimization_barrier(pl.run_scoped(products, accumulator, accumulator))
+            w_tile.T[...] = scaled(w + of_w, between).astype(BF16)
+            x = scaled(x + of_x, between)
+            constant = dot * from_start * to_end
+            for c, of_other in enumerate((of_q, of_k)):
+                gains_s.at[s, c][...] = between * (constant + of_other)
+            return scaled(z[0], from_start), x
+
+        def finish(s, c, z):
             """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
             q_tile, k_tile, w_tile, g_tile = (
                 at(of_keys, _Q, s, c),
@@ -377,6 +389,7 @@ def backward_quads(
             terms = zip((high, low, of_k), (w_tile, g_tile, at(last, _SPARE, s, c)), strict=True)
             high, low, of_k = (left_operand(*term) for term in terms)
             dg = matmul((high, to_here_s), (low, to_here_s), (of_k, before_s.T))
+            gain = plgpu.load(gains_s.at[s, c], layout=ROW, optimized=False)
             put(dg + along_rows(gain, (SLAB, CHUNK)), g_tile, dg_ref)
 
         @pl.when(warpgroup == 2)
@@ -410,6 +423,7 @@ def backward_quads(
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(free.at[slot])
+                    pl.when(j == value_tiles - 1)(lambda: plgpu.barrier_arrive(streamed))
                     plgpu.barrier_wait(free.at[slot])
                     fill(j + _STAGES)
 
@@ -445,6 +459,7 @@ def backward_quads(
             tile(8, CHUNK),
             plgpu.SMEM((2, _SLABS * SLAB), F32),  # a_s
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
+            plgpu.SMEM((_SLABS, 2, SLAB), F32),  # gains_s
             barrier(4),  # gated_full
             barrier(2 + _SLABS),  # tables_full
             barrier(2),  # constants_full
@@ -452,8 +467,8 @@ def backward_quads(
             barrier(5, _STAGES),  # full
             free,
             barrier(2),  # spent
-            barrier(1),  # m_ready
-            barrier(2),  # m0_ready
+            barrier(3),  # streamed
+            barrier(3),  # m_ready
             barrier(3),  # done
         ],
         **cluster,
