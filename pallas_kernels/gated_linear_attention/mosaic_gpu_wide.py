@@ -85,11 +85,10 @@ def _decay_of_segments(decay, segment):
 
 
 def _states_before(start, written, decay, reverse):
-    """Return the states before all segments [B, segments, H, K, V] from `start` and what each segment writes."""
+    """Return the states before all segments [B, segments, H, K, V] from `start` and what all but the last write."""
     state = jnp.zeros_like(written[:, 0]) if start is None else start
-    order = range(written.shape[1])
-    before = []
+    before, order = [state], range(written.shape[1])
     for i in reversed(order) if reverse else order:
+        state = decay[:, i + 1 if reverse else i, :, :, None] * state + written[:, i]
         before.append(state)
-        state = decay[:, i, :, :, None] * state + written[:, i]
     return jnp.stack(before[::-1] if reverse else before, axis=1)
