@@ -140,9 +140,10 @@ def backward_quads(
         g_at = lambda s, c: part(jnp.where(c == 0, of_keys * _TILES + _G0, _BESIDE + _G1) + s)
         gated_at = lambda c, s: beside(_GATED + 2 * s + c)
 
-        # what both blocks of a cluster have, by what it is for: first tiles in a stage
-        own_d_out, own_v, d_out_or_v = _OWN - 2 * p, 4 * p, _DO23 - 2 * p  # of the own chunks; for the rebuilding
-        saved, lacked = _S + 2 * p, _DS - 2 * p  # the state that is used as it is, and that from which one is made
+        # The first tiles in a stage of what each block uses in its own way: d_out and v of its own chunks, what a state
+        # is made from; the state that is used as it was saved, and the one in whose place another is made.
+        own_d_out, own_v, d_out_or_v = _OWN - 2 * p, _V01 + 4 * p, _DO23 - 2 * p
+        saved, lacked = _S + 2 * p, _DS - 2 * p
 
         def set_registers(count, action):
             if not interpret:
@@ -267,7 +268,7 @@ def backward_quads(
             sums = pl.run_scoped(accumulate, accumulator(2 * CHUNK), accumulator(2 * CHUNK), accumulator(_M0_MORE))
             *sums, m0, dot = lax.optimization_barrier(sums)
             of_saved, of_made = ((x[:, :CHUNK], x[:, CHUNK:]) for x in sums)
-            sync(streamed)  # nor do the other warpgroups read what streamed any more
+            sync(streamed)  # no warpgroup reads what streamed any more
             put_m0(m0, first_row)
 
             def put_w(w):
@@ -316,11 +317,11 @@ def backward_quads(
             zs = cross(s, z, dot)
             plgpu.barrier_wait(constants_full)
 
-            def one_chunk(c, carry):
-                finish(s, c, carry[0])
-                return carry[1], carry[1]
+            def one_chunk(c, z):  # one code for both: with a copy for each more is spilled
+                finish(s, c, z)
+                return zs[1]
 
-            lax.fori_loop(0, 2, one_chunk, zs)
+            lax.fori_loop(0, 2, one_chunk, zs[0])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def decay_at(s, c, index):
