@@ -9,10 +9,10 @@ Command    python train.py --config=configs/mqar.py:512 --workdir=runs/mqar-512-
            docs/experiments.md.
 Hardware   one GPU
 Time       on an H100 2.4 ms a step for GLA of width 128 at 512 tokens, one learning rate: two minutes for the 64 epochs
-Expect     so far (docs/results.md): attention 0.99 in a few epochs. GLA at 512 tokens 0.928 at width 128 in the end, with
-           4.64e-4; with 2.15e-4 0.994 at 256 after 5 epochs and 0.992 at 512 after 8; it leaves chance in the second to
-           tenth. At 256 tokens and width 64 it has 0.85. With a learning rate of 2.15e-3 Mamba of width 128 has 0.98 at
-           256 tokens after 15 epochs, 0.90 at 512 after 25, RetNet 0.87 at 256 tokens after 18.
+Expect     so far (docs/results.md): attention 0.99 in a few epochs. GLA at 512 tokens 0.928 at width 128 in the end,
+           with 4.64e-4; with 2.15e-4 0.994 at 256 after 5 epochs and 0.992 at 512 after 8; it leaves chance in the
+           second to tenth. At 256 tokens and width 64 it has 0.85. With a learning rate of 2.15e-3 Mamba of width 128
+           has 0.98 at 256 tokens after 15 epochs, 0.90 at 512 after 25, RetNet 0.87 at 256 tokens after 18.
            The paper's figure, read off to about 1 point, has for GLA eval/accuracy 0.99 at 256 everywhere, and 0.22,
            0.95, 1.00, 1.00 at 512.
 
