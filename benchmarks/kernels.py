@@ -7,7 +7,7 @@ only, medians of a short run. Rivals that are not installed are left out: "cudnn
 causal attention of the same width, "jla" is jax-linear-attention's `gla`, "fla" is flash-linear-attention's
 `chunk_gla`. Torch is timed by CUDA events after a flush of the L2 cache. The inputs of every shape exceed that cache,
 so ours start cold as well. "call_ms", of all alike, is the time from call to call in the second half of a load of
---load seconds, gaps between kernels included: a GPU at the limit of its power lowers its clocks within milliseconds.
+0.4 seconds, gaps between kernels included: a GPU at the limit of its power lowers its clocks within milliseconds.
 
 Compilation takes nearly all of the time, so every shape has a process of its own, and fla, which tunes itself while the
 others compile, one more. When all are ready, or --patience is over, they are timed one after another; a process takes
@@ -54,6 +54,7 @@ SHAPES = (  # B, T, H, K, V
 )
 STEPS = ((64, 4, 256, 512), (64, 4, 128, 256), (1, 4, 256, 512))  # B, H, K, V: single tokens
 CHUNK = 64
+LOAD = 0.4  # seconds of calls without a pause
 PACKAGES = {"ours": "jax", "cudnn": "torch", "flash_attention_2": "torch", "jla": "jla", "fla": "fla"}
 
 
@@ -73,9 +74,9 @@ def time_kernels(function, *arguments, iterations=14):
     }
 
 
-def time_calls(call, wait, ms, load):
-    """Return milliseconds from call to call in the second half of a load of so many seconds, of calls of about `ms`."""
-    calls = max(10, int(load / 2 / ms * 1e3))
+def time_calls(call, wait, ms):
+    """Return milliseconds from call to call in the second half of `LOAD` seconds of calls of about `ms` each."""
+    calls = max(10, int(LOAD / 2 / ms * 1e3))
     results = [call()]
     for _ in range(2):  # the first half warms the chip
         start = time.perf_counter()
@@ -118,7 +119,7 @@ def compile_jax(op, shape):
     return jax.jit(op).lower(*arguments).compile(), jax.jit(both).lower(d_out, *arguments).compile()
 
 
-def time_jax(forward, both, shape, copy_rate, load):
+def time_jax(forward, both, shape, copy_rate):
     """Time what `compile_jax` made of an op."""
     batch, time, heads, key_dim, value_dim = shape
     *arguments, d_out = draw(shape)
@@ -137,7 +138,7 @@ def time_jax(forward, both, shape, copy_rate, load):
         memory = compiled.memory_analysis()
         row[name] = time_kernels(compiled, *inputs)
         call = functools.partial(compiled, *inputs)
-        row[name]["call_ms"] = time_calls(call, jax.block_until_ready, row[name]["ms"], load)
+        row[name]["call_ms"] = time_calls(call, jax.block_until_ready, row[name]["ms"])
         peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
         row[name]["peak_MiB"] = round(peak / 2**20)
         row[name]["floor_ms"] = round(2 * tokens * numbers / copy_rate / 1e9, 4)
@@ -184,7 +185,7 @@ def torch_op(name, shape):
     return op, inputs, d_out, context
 
 
-def time_torch(name, shape, load):
+def time_torch(name, shape):
     """Time an op of torch at one shape: milliseconds, and MiB at the peak of forward and backward."""
     torch = importlib.import_module("torch")
     do_bench = importlib.import_module("triton.testing").do_bench
@@ -212,7 +213,7 @@ def time_torch(name, shape, load):
             torch.cuda.reset_peak_memory_stats()
             row[key] = {"ms": round(do_bench(function, warmup=20, rep=60, return_mode="median"), 4)}
             call = functools.partial(enqueue, function)
-            row[key]["call_ms"] = time_calls(call, lambda event: event.synchronize(), row[key]["ms"], load)
+            row[key]["call_ms"] = time_calls(call, lambda event: event.synchronize(), row[key]["ms"])
     # do_bench holds 256 MiB of its own, with which it flushes the cache
     row["forward_backward"]["peak_MiB"] = round(torch.cuda.max_memory_allocated() / 2**20) - 256
     return row
@@ -254,7 +255,7 @@ def prepare(name, shape, briefly) -> Any:
     return tune_fla(shape, briefly) if name == "fla" else importlib.import_module("torch")
 
 
-def measure_shape(pipe, shape, names, briefly, load):
+def measure_shape(pipe, shape, names, briefly):
     """Prepare some ops at one shape, say so, and time them when the copy bandwidth comes: the work of one process."""
     with concurrent.futures.ThreadPoolExecutor() as threads:
         prepared = {name: threads.submit(prepare, name, shape, briefly) for name in names}
@@ -264,9 +265,7 @@ def measure_shape(pipe, shape, names, briefly, load):
         try:
             made = prepared[name].result()
             figures = (
-                time_jax(made[0], made[1], shape, copy_rate, load)
-                if name in ("ours", "jla")
-                else time_torch(name, shape, load)
+                time_jax(made[0], made[1], shape, copy_rate) if name in ("ours", "jla") else time_torch(name, shape)
             )
         except Exception as error:  # one that does not serve the shape, or finds no memory
             figures = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -331,7 +330,6 @@ def main():
     parser.add_argument("--rivals", default="cudnn,flash_attention_2,jla", help="which of them to time, if installed")
     parser.add_argument("--shapes", help="which rows to time, by number from 0, e.g. 0,3; all by default")
     parser.add_argument("--briefly", action="store_true", help="let fla tune itself among few of Triton's choices")
-    parser.add_argument("--load", type=float, default=0.4, help="seconds of calls in a row for call_ms")
     parser.add_argument("--patience", type=float, default=1200, help="seconds for compiling and tuning")
     options = parser.parse_args()
     names = ["ours", *(name for name in options.rivals.split(",") if name)]
@@ -348,9 +346,9 @@ def main():
     jobs = {"the chip": start(context, measure_chip)}
     together = [name for name in names if name != "fla"]
     for shape in shapes:
-        jobs[f"{shape}"] = start(context, measure_shape, shape, together, options.briefly, options.load)
+        jobs[f"{shape}"] = start(context, measure_shape, shape, together, options.briefly)
     for shape in shapes if "fla" in names else ():
-        jobs[f"{shape} fla"] = start(context, measure_shape, shape, ["fla"], options.briefly, options.load)
+        jobs[f"{shape} fla"] = start(context, measure_shape, shape, ["fla"], options.briefly)
     wait_until_ready(jobs, options.patience)
 
     report: dict[str, Any] = {"device": "unknown", "copy_TBps": math.nan, "shapes": [], "steps": []}

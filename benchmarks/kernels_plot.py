@@ -7,6 +7,7 @@ Needs the extra `plot`.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.table import markdown
 
 NAMES = {"ours": "ours", "cudnn": "cuDNN", "flash_attention_2": "FlashAttention-2", "jla": "jla", "fla": "fla"}
 DIRECTIONS = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -35,7 +39,7 @@ def table(report: dict[str, Any], direction: str) -> str:
     weighed = [name for name in names if any(peak(row, name) is not None for row in report["shapes"])]
     head = [SHAPE, *(NAMES[name] for name in names), *(f"MiB: {NAMES[name]}" for name in weighed)]
     head[1:2] = [f"{DIRECTIONS[direction]}: {head[1]}", "share of floor"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in report["shapes"]:
         times = [milliseconds(row, name, direction) for name in names]
         best = min(ms for ms in times if ms is not None)
@@ -43,7 +47,7 @@ def table(report: dict[str, Any], direction: str) -> str:
         cells.insert(1, f"{row['ours'][direction]['share_of_floor']:.0%}")
         peaks = ["" if peak(row, name) is None else str(peak(row, name)) for name in weighed]
         lines.append([", ".join(map(str, row[SHAPE])), *cells, *peaks])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def table_under_load(report: dict[str, Any]) -> str:
@@ -53,11 +57,11 @@ def table_under_load(report: dict[str, Any]) -> str:
     rows = [of_row(row) for row in report["shapes"]]
     there = [i for i in range(len(columns)) if any(row[i] is not None for row in rows)]
     head = [SHAPE, *(f"{DIRECTIONS[columns[i][1]]}: {NAMES[columns[i][0]]}" for i in there)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for shape, row in zip(report["shapes"], rows, strict=True):
         cells = ["" if row[i] is None else f"{row[i]:.3f}" for i in there]
         lines.append([", ".join(map(str, shape[SHAPE])), *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(head, lines)
 
 
 def draw(report: dict[str, Any], figure: Any) -> None:
