@@ -52,9 +52,11 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     decay_source,
     first_columns,
     kernel,
+    left_operand,
     load,
     matmul,
     result,
+    set_registers,
     tile,
     zero_row,
 )
@@ -144,17 +146,6 @@ def backward_quads(
         # is made from; the state that is used as it was saved, and the one in whose place another is made.
         own_d_out, own_v, d_out_or_v = _OWN - 2 * p, _V01 + 4 * p, _DO23 - 2 * p
         saved, lacked = _S + 2 * p, _DS - 2 * p
-
-        def set_registers(count, action):
-            if not interpret:
-                plgpu.set_max_registers(count, action=action)
-
-        def left_operand(x, spare):
-            """Return bfloat16 registers to multiply from the left; the interpreter wants them in shared memory."""
-            if not interpret:
-                return x
-            spare[...] = x
-            return spare
 
         def sync(barrier_ref):
             plgpu.barrier_arrive(barrier_ref)
@@ -254,7 +245,7 @@ def backward_quads(
                     made += load(target) * along_rows(decays, (SLAB, SLAB))
                     made = lax.optimization_barrier(made.astype(BF16))  # rounded once, for both uses
                     dot += jnp.sum(load(used) * made.astype(F32), axis=1)
-                    plgpu.wgmma(of_made, left_operand(made, target), own(p == 1))
+                    plgpu.wgmma(of_made, left_operand(made, target, interpret), own(p == 1))
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
@@ -306,7 +297,7 @@ def backward_quads(
                 k_tile.T[...] = (load(k_tile.T) * jnp.exp2(-d)).astype(BF16)
 
         def work():
-            set_registers(_REGISTERS, "increase")
+            set_registers(_REGISTERS, interpret)
             s = warpgroup
             z, dot = stream(s)
             plgpu.barrier_wait(tables_full)
@@ -356,13 +347,8 @@ def backward_quads(
 
         def finish(s, c, z):
             """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
-            q_tile, k_tile, w_tile, g_tile = (
-                at(of_keys, _Q, s, c),
-                at(of_keys, _K, s, c),
-                at(last, _W, s, c),
-                g_at(s, c),
-            )
-            m_tile = m_at(2 * c)
+            q_tile, k_tile, w_tile = at(of_keys, _Q, s, c), at(of_keys, _K, s, c), at(last, _W, s, c)
+            g_tile, m_tile = g_at(s, c), m_at(2 * c)
 
             def put(x, target, out_ref):
                 target.T[...] = x.astype(BF16)
@@ -388,14 +374,14 @@ def backward_quads(
             high = lax.optimization_barrier(product.astype(BF16))
             low = (product - high.astype(F32)).astype(BF16)
             terms = zip((high, low, of_k), (w_tile, g_tile, at(last, _SPARE, s, c)), strict=True)
-            high, low, of_k = (left_operand(*term) for term in terms)
+            high, low, of_k = (left_operand(*term, interpret) for term in terms)
             dg = matmul((high, to_here_s), (low, to_here_s), (of_k, before_s.T))
             gain = plgpu.load(gains_s.at[s, c], layout=ROW, optimized=False)
             put(dg + along_rows(gain, (SLAB, CHUNK)), g_tile, dg_ref)
 
         @pl.when(warpgroup == 2)
         def _copy_and_sum_m():
-            set_registers(_FEWER_REGISTERS, "decrease")
+            set_registers(_FEWER_REGISTERS, interpret)
             number = block + key_tiles * (group_index + groups * (head + heads * row))
             clusters = batch * heads * groups * key_tiles
             begin_apart(number, clusters, at_once=at_once, groups=8, clocks=4600, interpret=interpret)

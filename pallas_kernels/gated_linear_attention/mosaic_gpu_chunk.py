@@ -145,12 +145,13 @@ def result(shape, dtype, like):
 
 
 PRODUCER, CONSUMER = 24, 240  # registers a thread where there are three warpgroups, 3 x 168 in all
+_AT_START = 128  # registers that every thread has at least, where there are four
 
 
 def set_registers(count, interpret):
-    """Give the warpgroup its registers: more than it was started with, or for the one that only copies less."""
+    """Give the warpgroup its registers: more than it was started with, or less than any are."""
     if not interpret:
-        plgpu.set_max_registers(count, action="decrease" if count == PRODUCER else "increase")
+        plgpu.set_max_registers(count, action="decrease" if count < _AT_START else "increase")
 
 
 def begin_apart(number, clusters, *, at_once, groups, clocks, interpret):
@@ -235,6 +236,15 @@ def add_matmul(x, *pairs, interpret):
             plgpu.wgmma(accumulator, a, b)
 
     return lax.optimization_barrier(pl.run_state(go)(plgpu.ACC.init(x)))
+
+
+def left_operand(x, spare, interpret):
+    """Return bfloat16 registers to multiply from the left; the interpreter wants them in shared memory, in `spare`."""
+    if not interpret:
+        return x
+    spare[...] = x
+    plgpu.commit_smem()
+    return spare
 
 
 def halves(g, select):

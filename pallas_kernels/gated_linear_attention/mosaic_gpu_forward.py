@@ -31,6 +31,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SHIFTED,
     SLAB,
     WGMMA,
+    add_matmul,
     barrier,
     clamp_log_decay,
     constants,
@@ -38,6 +39,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     exact_scores,
     exceeds_bound,
     kernel,
+    left_operand,
     load,
     load_turned_state,
     matmul,
@@ -108,7 +110,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         states_ref, exact_ref, scores_ref = take(3, save is not None)
         q_s, k_s, g_s, v_s, work_s, out_s, level_s, select_s, factors_s, exact_s = take(10)
         state_tiles = take(1 if save is not None else 0)
-        full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, done, *staging = refs
+        full, v_full, ready, a_ready, a_free, q_free, kv_free, constants_ready, done = refs
 
         block, head, row = (lax.axis_index(axis) for axis in "vhb")
         warpgroup = lax.axis_index("warpgroup")
@@ -286,12 +288,8 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 def output(accumulator):
                     for s in range(slabs):
                         rounded = scaled(state, s, p, 0).astype(BF16)
-                        if interpret:  # which wants both operands in shared memory
-                            staging[0].at[w][...] = rounded
-                            plgpu.commit_smem()
-                            plgpu.wgmma(accumulator, staging[0].at[w], q_s.at[p, :, slab(s)].T)
-                        else:
-                            plgpu.wgmma(accumulator, rounded, q_s.at[p, :, slab(s)].T)
+                        left = left_operand(rounded, out_s.at[w], interpret)
+                        plgpu.wgmma(accumulator, left, q_s.at[p, :, slab(s)].T)
                         plgpu.wgmma_wait(0)  # for the registers of the operand
                         for states_s in state_tiles:
 
@@ -313,11 +311,7 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s.at[w], out_ref.at[row, tokens(n), head, mine])
                 state = join([scaled(state, s, p, exact) for s in range(slabs)])
-                if interpret:  # which has no accumulators that start from a value
-                    state = state + matmul((v_s.at[p, w].T, k_s.at[p]), shape=state.shape)
-                else:
-                    update = lambda accumulator: plgpu.wgmma(accumulator, v_s.at[p, w].T, k_s.at[p])
-                    state = lax.optimization_barrier(pl.run_state(update)(plgpu.ACC.init(state)))
+                state = add_matmul(state, (v_s.at[p, w].T, k_s.at[p]), interpret=interpret)
                 plgpu.barrier_arrive(kv_free.at[p])
                 return state
 
@@ -358,8 +352,6 @@ def forward(q, k, v, g, initial_state, *, scale, value_tile, save=None, ends=Tru
         barrier(2),  # constants_ready
         barrier(2 + warpgroups),  # done
     ]
-    if interpret:
-        scratch.append(tile(warpgroups, VALUES, SLAB))
     run = kernel(
         body,
         name="gla_forward",

@@ -33,6 +33,7 @@ from pallas_kernels.gated_linear_attention.mosaic_gpu_chunk import (
     SLAB,
     barrier,
     kernel,
+    left_operand,
     load_turned_state,
     matmul,
     result,
@@ -193,13 +194,9 @@ def walk(
                     for s in range(slabs):
                         rounded, factor = of_slab(state, s).astype(BF16), load_factor(p, s)
                         read = tiles_s.at[read_slot(i), :, slab(s)].T
-                        if interpret:  # which wants both operands in shared memory
-                            plgpu.wait_smem_to_gmem(0)
-                            out_s.at[w][...] = rounded
-                            plgpu.commit_smem()
-                            plgpu.wgmma(accumulator, out_s.at[w], read)
-                        else:
-                            plgpu.wgmma(accumulator, rounded, read)
+                        if interpret:
+                            plgpu.wait_smem_to_gmem(0)  # the last chunk's output is on its way from there
+                        plgpu.wgmma(accumulator, left_operand(rounded, out_s.at[w], interpret), read)
                         if save:
                             pl.when(keep)(functools.partial(save_slab, rounded, n, s))
                         after.append(decayed(state, s, factor))
