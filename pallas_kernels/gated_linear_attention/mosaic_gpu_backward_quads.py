@@ -70,9 +70,9 @@ _SLABS = 2  # of channels in a thread block
 # A stage of value columns: v of chunks 0 and 1 and d_out of 2 and 3 of the group, which both blocks read; what one
 # alone reads, d_out of 0 and 1 or v of 2 and 3; S and dS.
 _V01, _DO23, _OWN, _S, _DS = 0, 2, 4, 6, 8
-# After these, one stage holds q, k and the log decays of the first chunk, one W, M_10 and M_11.
+# After these, one stage holds q, k and the log decays of the first chunk, one W, dk, M_10 and M_11.
 _Q, _K, _G0 = 0, 4, 8
-_W, _SPARE, _M1 = 0, 4, 8
+_W, _DK, _M1 = 0, 4, 8
 # Beside the stages: gated tiles, and once they are used two tables and M_00; log decays of the second chunk, a table.
 _GATED, _TO_HERE, _BEFORE, _M0, _G1, _SHIFTED = 0, 0, 1, 2, 4, 6
 _M0_ROWS, _M0_MORE = 48, 8  # of M_00: those of the third warpgroup, and of each of the others after them
@@ -119,13 +119,12 @@ def backward_quads(
         q_ref, k_ref, v_ref, d_out_ref, states_ref, d_states_ref, select_ref, triangles_ref, g_ref,
         gated_q_ref, gated_k_ref, decay_ref,
         dq_ref, dk_ref, dg_ref,
-        buffer_s, select_s, a_s, decays_s, gains_s,
+        buffer_s, select_s, a_s, decays_s, gains_s, place_s,
         gated_full, tables_full, constants_full, keys_full, full, free, spent, streamed, m_ready, done,
     ):  # fmt: skip
         row, head, pair, block = (lax.axis_index(a) for a in "bhnk")
-        if share > 1:
-            pair = 2 * pair + lax.axis_index("c")
-        group_index, p = lax.div(pair, 2), lax.rem(pair, 2)
+        group_index, p = (pair, lax.axis_index("c")) if share > 1 else (lax.div(pair, 2), lax.rem(pair, 2))
+        pair = 2 * group_index + p
         others = 4 * group_index + 2 * (1 - p)  # the first of the two chunks that the other block does
         part = lambda first, count=1: buffer_s.at[pl.ds(first * CHUNK, count * CHUNK)]
         beside = lambda first, count=1: part(_BESIDE + first, count)
@@ -133,7 +132,6 @@ def backward_quads(
         warpgroup = lax.axis_index("warpgroup")
         shared = "c" if share > 1 else None
         kv_head = lax.div(head, group)
-        tokens = lambda c: pl.ds((2 * pair + c) * CHUNK, CHUNK)
         channels = lambda s: pl.ds((block * _SLABS + s) * SLAB, SLAB)
         tiles = lambda stage, first, count=1: part(stage * _TILES + first, count)
         at = lambda stage, first, s, c: tiles(stage, first + 2 * s + c)
@@ -142,9 +140,10 @@ def backward_quads(
         g_at = lambda s, c: part(jnp.where(c == 0, of_keys * _TILES + _G0, _BESIDE + _G1) + s)
         gated_at = lambda c, s: beside(_GATED + 2 * s + c)
 
-        # The first tiles in a stage of what each block uses in its own way: d_out and v of its own chunks, what a state
-        # is made from; the state that is used as it was saved, and the one in whose place another is made.
+        # The first tiles in a stage of what each block uses in its own way: d_out and v of its own chunks; the same two by
+        # the state that they are multiplied with, saved or made; what that one is made from; and the two states.
         own_d_out, own_v, d_out_or_v = _OWN - 2 * p, _V01 + 4 * p, _DO23 - 2 * p
+        with_saved, with_made = _OWN, _V01 + 2 * p
         saved, lacked = _S + 2 * p, _DS - 2 * p
 
         def sync(barrier_ref):
@@ -230,22 +229,21 @@ def backward_quads(
 
         def stream(s):
             """Sum over the value columns; put W, rounded, in shared memory, and return Z of both chunks and s."""
-            decays = prepare_rebuilding(s)
+            decays_s.at[s, 0, 0][...] = prepare_rebuilding(s)  # not in registers, which are few: nor are `place_s`
             first_row = _M0_ROWS + _M0_MORE * s
 
             def accumulate(of_saved, of_made, m0):
                 def one(j, dot):
                     slot = lax.rem(j, _STAGES)
                     plgpu.barrier_wait(full.at[slot])
-                    own = lambda is_d_out: tiles(slot, jnp.where(is_d_out, own_d_out, own_v), 2).T
                     used, target = tiles(slot, saved + s), tiles(slot, lacked + s)
                     made = matmul(*((gated_at(x, s).T, tiles(slot, d_out_or_v + x)) for x in range(2)))
-                    plgpu.wgmma(of_saved, used, own(p == 0))
+                    plgpu.wgmma(of_saved, used, tiles(slot, with_saved, 2).T)
                     plgpu.wgmma(m0, tiles(slot, own_v), rows(slot, own_d_out, first_row, _M0_MORE).T)
-                    made += load(target) * along_rows(decays, (SLAB, SLAB))
+                    made += load(target) * along_rows(decay_at(s, 0, 0), (SLAB, SLAB))
                     made = lax.optimization_barrier(made.astype(BF16))  # rounded once, for both uses
+                    plgpu.wgmma(of_made, left_operand(made, target, interpret), tiles(slot, with_made, 2).T)
                     dot += jnp.sum(load(used) * made.astype(F32), axis=1)
-                    plgpu.wgmma(of_made, left_operand(made, target, interpret), own(p == 1))
                     plgpu.wgmma_wait(0)
                     plgpu.commit_smem()  # for the other warps: a barrier of a cluster does not wait for them
                     plgpu.barrier_arrive(free.at[slot])
@@ -349,11 +347,13 @@ def backward_quads(
             """Compute the gradients of a chunk and slab from Z and what is in shared memory."""
             q_tile, k_tile, w_tile = at(of_keys, _Q, s, c), at(of_keys, _K, s, c), at(last, _W, s, c)
             g_tile, m_tile = g_at(s, c), m_at(2 * c)
+            of_row, of_head, of_pair = (place_s[i] for i in range(3))
 
             def put(x, target, out_ref):
                 target.T[...] = x.astype(BF16)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(target, out_ref.at[row, tokens(c), head, channels(s)])
+                tokens = pl.ds((2 * of_pair + c) * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(target, out_ref.at[of_row, tokens, of_head, channels(s)])
 
             def products(d, y):
                 plgpu.wgmma(d, g_tile.T, shift_s.T)
@@ -368,12 +368,12 @@ def backward_quads(
             product = load(q_tile.T) * x
             put(x * jnp.exp2(d + log_scale), q_tile, dq_ref)
             product -= load(k_tile.T) * y
-            w = scaled(load(w_tile.T), jnp.where(c == 0, 1.0, decay_at(s, 1, _FROM_MIDDLE)))
-            of_k = lax.optimization_barrier((load(k_tile.T) * w).astype(BF16))
-            put((y + w) * jnp.exp2(-d), k_tile, dk_ref)
+            w = lambda: scaled(load(w_tile.T), jnp.where(c == 0, 1.0, decay_at(s, 1, _FROM_MIDDLE)))
+            put((y + w()) * jnp.exp2(-d), at(last, _DK, s, c), dk_ref)
+            of_k = lax.optimization_barrier((load(k_tile.T) * w()).astype(BF16))
             high = lax.optimization_barrier(product.astype(BF16))
             low = (product - high.astype(F32)).astype(BF16)
-            terms = zip((high, low, of_k), (w_tile, g_tile, at(last, _SPARE, s, c)), strict=True)
+            terms = zip((high, low, of_k), (w_tile, g_tile, k_tile), strict=True)
             high, low, of_k = (left_operand(*term, interpret) for term in terms)
             dg = matmul((high, to_here_s), (low, to_here_s), (of_k, before_s.T))
             gain = plgpu.load(gains_s.at[s, c], layout=ROW, optimized=False)
@@ -384,7 +384,9 @@ def backward_quads(
             set_registers(_FEWER_REGISTERS, interpret)
             number = block + key_tiles * (group_index + groups * (head + heads * row))
             clusters = batch * heads * groups * key_tiles
-            begin_apart(number, clusters, at_once=at_once, groups=8, clocks=4600, interpret=interpret)
+            begin_apart(number, clusters, at_once=at_once, groups=8, clocks=5600, interpret=interpret)
+            for i, index in enumerate((row, head, pair)):
+                place_s[i] = index
             pl.when(p == 0)(lambda: copy_gated(gated_q_ref))
             pl.when(p == 1)(lambda: copy_gated(gated_k_ref))
 
@@ -447,6 +449,7 @@ def backward_quads(
             plgpu.SMEM((2, _SLABS * SLAB), F32),  # a_s
             plgpu.SMEM((_SLABS, 2, 2, SLAB), F32),  # decays_s
             plgpu.SMEM((_SLABS, 2, SLAB), F32),  # gains_s
+            plgpu.SMEM((3,), jnp.int32),  # place_s
             barrier(4),  # gated_full
             barrier(2 + _SLABS),  # tables_full
             barrier(2),  # constants_full

@@ -260,7 +260,7 @@ def first_columns(x):
 
 def put_split(x, high, low):
     """Write float32 registers as the sum of two bfloat16 tiles."""
-    rounded = x.astype(BF16)
+    rounded = lax.optimization_barrier(x.astype(BF16))  # or numbers are converted one by one
     high[...] = rounded
     low[...] = (x - rounded.astype(F32)).astype(BF16)
 

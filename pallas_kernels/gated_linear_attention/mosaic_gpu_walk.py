@@ -192,14 +192,15 @@ def walk(
                 def products(accumulator):
                     after = []
                     for s in range(slabs):
-                        rounded, factor = of_slab(state, s).astype(BF16), load_factor(p, s)
+                        rounded, factor = of_slab(state, s).astype(BF16), None if save else load_factor(p, s)
                         read = tiles_s.at[read_slot(i), :, slab(s)].T
                         if interpret:
                             plgpu.wait_smem_to_gmem(0)  # the last chunk's output is on its way from there
                         plgpu.wgmma(accumulator, left_operand(rounded, out_s.at[w], interpret), read)
                         if save:
                             pl.when(keep)(functools.partial(save_slab, rounded, n, s))
-                        after.append(decayed(state, s, factor))
+                        else:
+                            after.append(decayed(state, s, factor))
                         plgpu.wgmma_wait(0 if save or interpret else 1)  # rounded slabs take registers until then
                     plgpu.barrier_wait(write_full.at[p])
                     plgpu.wgmma(accumulator, x_s.at[p, w].T, scores_s.at[p] if reverse else scores_s.at[p].T)
@@ -207,6 +208,8 @@ def walk(
 
                 plgpu.barrier_wait(read_full.at[p])
                 out, *after = pl.run_scoped(products, plgpu.ACC((COLUMNS, CHUNK), F32))
+                if save:  # which leaves no registers to decay slabs beside the products
+                    after = [decayed(state, s, load_factor(p, s)) for s in range(slabs)]
                 return lax.optimization_barrier(out), jnp.concatenate(after, axis=1)
 
             def put_out(out, i, n):
