@@ -140,8 +140,8 @@ def backward_quads(
         g_at = lambda s, c: part(jnp.where(c == 0, of_keys * _TILES + _G0, _BESIDE + _G1) + s)
         gated_at = lambda c, s: beside(_GATED + 2 * s + c)
 
-        # The first tiles in a stage of what each block uses in its own way: d_out and v of its own chunks; the same two by
-        # the state that they are multiplied with, saved or made; what that one is made from; and the two states.
+        # The first tiles in a stage of what each block uses in its own way: d_out, v of its own chunks; what the state
+        # that it lacks is made from; its d_out and v again, by the state that they meet; the two states.
         own_d_out, own_v, d_out_or_v = _OWN - 2 * p, _V01 + 4 * p, _DO23 - 2 * p
         with_saved, with_made = _OWN, _V01 + 2 * p
         saved, lacked = _S + 2 * p, _DS - 2 * p
