@@ -103,7 +103,8 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.01
-    """Applied to matrices only: not to biases, norms, embeddings."""
+    decayed: str = "kernels"
+    """What weight decay applies to: "kernels" of linear maps, or "all" parameters, as in torch's AdamW."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0: never."""
     accumulation_steps: int = 1
@@ -462,6 +463,7 @@ _LEAST = {
 }
 _CHOICES = {
     "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "optimizer.decayed": ("kernels", "all"),
     "optimizer.spike_policy": ("none", "stop", "skip"),
     "dtype.params": ("float32", "bfloat16"),
     "dtype.compute": ("float32", "bfloat16"),

@@ -11,7 +11,7 @@ from gla_jax.layers.mlp import default_intermediate_size
 from gla_jax.models.language_model import layer_mixers
 
 _ROWS = 2048
-_UNUSED_OPTIONS = ("implementation", "chunk_size", "cache_length", "longest_half_life")
+_UNUSED_OPTIONS = ("implementation", "chunk_size", "cache_length", "longest_half_life", "half_life_skew")
 """Options of mixers that say how something is computed, or how it begins, not what."""
 _NOT_SET: tuple[Any, ...] = (None, False, [], {}, "")
 

@@ -24,6 +24,8 @@ class GatedLinearAttentionOptions(RecurrentAttentionOptions):
     longest_half_life: float | None = None
     """Tokens in which the channels of a new layer forget half of their state, where x says nothing: in each head from 1
     to this many, evenly in logarithms. None: `gate_logit_normalizer` tokens in all, as in the paper."""
+    half_life_skew: float = 1.0
+    """Above 1 fewer channels forget fast: that a share u of the way has a half-life of longest ** (u ** (1 / this))."""
     gate_low_rank_dim: int = 16
     """Rank of the map from x to the forget gate's logits z."""
     clamp_min: float | None = None
@@ -45,7 +47,8 @@ class GatedLinearAttention(RecurrentAttention):
         self.forget_gate_up = weights(rank, self.num_kv_heads * self.key_size, (None, "heads"), use_bias=True)
         bias = self.forget_gate_up.bias
         if self.options.longest_half_life is not None and bias is not None:
-            half_lives = np.geomspace(1, self.options.longest_half_life, self.key_size)
+            share = np.linspace(0, 1, self.key_size) ** (1 / self.options.half_life_skew)
+            half_lives = self.options.longest_half_life**share
             decay = self.options.gate_logit_normalizer * np.log(2) / half_lives  # -log sigmoid(bias)
             bias[...] = jnp.asarray(np.tile(-decay - np.log(-np.expm1(-decay)), self.num_kv_heads), bias.dtype)
 
@@ -78,5 +81,7 @@ class GatedLinearAttention(RecurrentAttention):
             raise ConfigError(
                 f"{cls.section}.longest_half_life={options.longest_half_life} must be at least 1, the shortest."
             )
+        if options.half_life_skew <= 0:
+            raise ConfigError(f"{cls.section}.half_life_skew={options.half_life_skew} must be above 0.")
         if options.clamp_min is not None and options.clamp_min > 0:
             raise ConfigError(f"{cls.section}.clamp_min={options.clamp_min} must be at most 0: it bounds a logarithm.")

@@ -84,29 +84,30 @@ def bind(graphdef: Any, params: Params) -> LanguageModel:
     return nnx.merge(graphdef, params)
 
 
-def decay_mask(abstract_params: Params) -> Params:
-    """Say which parameters weight decay applies to: the kernels of linear maps, and nothing else.
+def decay_mask(abstract_params: Params, decayed: str = "kernels") -> Params:
+    """Say which parameters weight decay applies to.
 
     Args:
         abstract_params: nested dict of anything.
+        decayed: "kernels" of linear maps, or "all".
 
     Returns:
-        The same nested dict with True for kernels, False for norms, biases, embeddings and other parameters.
+        The same nested dict with True for these, False for others: norms, biases, embeddings.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", abstract_params)
+    decays = lambda path, _: decayed == "all" or path[-1].key == "kernel"
+    return jax.tree_util.tree_map_with_path(decays, abstract_params)
 
 
-def parameter_table(abstract_params: Params) -> list[ParameterRow]:
+def parameter_table(abstract_params: Params, decayed: str = "kernels") -> list[ParameterRow]:
     """Describe every parameter, in the order of the dict.
 
     Args:
         abstract_params: nested dict of arrays or `jax.ShapeDtypeStruct`.
+        decayed: as in `decay_mask`.
     """
-    decayed = decay_mask(abstract_params)
+    mask = jax.tree.leaves(decay_mask(abstract_params, decayed))
     rows = []
-    for (path, leaf), decays in zip(
-        jax.tree_util.tree_leaves_with_path(abstract_params), jax.tree.leaves(decayed), strict=True
-    ):
+    for (path, leaf), decays in zip(jax.tree_util.tree_leaves_with_path(abstract_params), mask, strict=True):
         sharding = getattr(leaf, "sharding", None)
         rows.append(
             ParameterRow(

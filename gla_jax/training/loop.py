@@ -279,7 +279,7 @@ def _restore_other(workdir: str, config: Config, abstract_params: Params, displa
 
 def _introduction(config: Config, data: Data, mesh: Mesh, abstract_params: Params) -> str:
     """Return what is worth knowing before the first step: devices, data, and a table of the parameters."""
-    rows = parameter_table(abstract_params)
+    rows = parameter_table(abstract_params, config.optimizer.decayed)
     total = sum(row.count for row in rows)
     table = [("parameter", "shape", "dtype", "sharding", "decay", "count")]
     table += [

@@ -1,5 +1,7 @@
 """AdamW (arXiv 1711.05101) and the learning rate's course."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decay_mask,
+        mask=functools.partial(decay_mask, decayed=config.decayed),
         mu_dtype=jnp.float32,
     )
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

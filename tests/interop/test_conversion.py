@@ -287,7 +287,7 @@ def test_models_that_no_library_has(options, architecture, sentence, tmp_path):
 def test_how_a_model_began_is_not_written():
     settings = as_dict(read_config(FIXTURES / "gla_tied")[0])
     plain = write_config(build(settings), "gla", "float32")
-    settings["model"]["mixers"]["gla"]["longest_half_life"] = 64.0
+    settings["model"]["mixers"]["gla"] |= {"longest_half_life": 64.0, "half_life_skew": 2.0}
     assert write_config(build(settings), "gla", "float32") == plain
 
 

@@ -302,6 +302,7 @@ def test_flops_count_what_is_multiplied():
         (16, 4, {"clamp_min": 1.0}, "model.mixers.gla.clamp_min=1.0 must be at most 0: it bounds a logarithm."),
         (16, 4, {"longest_half_life": 0.5},
          "model.mixers.gla.longest_half_life=0.5 must be at least 1, the shortest."),
+        (16, 4, {"half_life_skew": 0}, "model.mixers.gla.half_life_skew=0 must be above 0."),
         (16, 4, {"gate_logit_normalizer": 0}, "model.mixers.gla.gate_logit_normalizer=0 must be above 0."),
         (16, 4, {"implementation": "chunk"}, "model.mixers.gla.implementation='chunk' is unknown; "
          "did you mean 'chunked'?"),
@@ -313,13 +314,16 @@ def test_mistakes_are_said_in_one_sentence(hidden_size, num_heads, options, mess
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("normalizer", [16, 256])
-def test_new_channels_forget_at_rates_that_are_spread(normalizer):
-    options = Options(longest_half_life=64.0, gate_logit_normalizer=normalizer)
+@pytest.mark.parametrize(
+    ("normalizer", "skew", "expected"),
+    [(16, 1.0, [1, 4, 16, 64]), (256, 1.0, [1, 4, 16, 64]), (16, 0.5, [1, 64 ** (1 / 9), 64 ** (4 / 9), 64])],
+)
+def test_new_channels_forget_at_rates_that_are_spread(normalizer, skew, expected):
+    options = Options(longest_half_life=64.0, half_life_skew=skew, gate_logit_normalizer=normalizer)
     layer = GatedLinearAttention(16, 2, options, rngs=nnx.Rngs(0))
     bias = np.asarray(layer.forget_gate_up.bias[...], np.float64)
     half_lives = normalizer * np.log(2) / np.logaddexp(0, -bias)
-    np.testing.assert_allclose(half_lives, [1, 4, 16, 64] * 2, rtol=1e-5)
+    np.testing.assert_allclose(half_lives, expected * 2, rtol=1e-5)
 
 
 def test_options_are_plain_values():

@@ -79,6 +79,7 @@ def test_only_matrices_decay():
     assert rows.keys() - matrices == taps | norms | {"embed/embedding", "layers/mixer/forget_gate_up/bias"}
     assert jax.tree.structure(decay_mask(abstract)) == jax.tree.structure(abstract)
     assert rows["layers/mixer/query/kernel"].shape == (2, 16, 8)
+    assert all(row.decayed for row in parameter_table(abstract, "all"))
 
 
 def test_each_device_makes_its_own_part():

@@ -47,13 +47,16 @@ def test_a_warm_up_longer_than_the_run_only_rises() -> None:
         assert (np.diff(rate) > 0).all() and rate[-1] < 1
 
 
-def test_weight_decay_is_for_kernels_only() -> None:
-    config = OptimizerConfig(learning_rate=0.5, final_learning_rate=0.5, weight_decay=0.1, warmup_steps=0)
+@pytest.mark.parametrize("decayed", ["kernels", "all"])
+def test_weight_decay_is_for_kernels_or_for_all(decayed) -> None:
+    constant = {"learning_rate": 0.5, "final_learning_rate": 0.5, "warmup_steps": 0}
+    config = OptimizerConfig(**constant, weight_decay=0.1, decayed=decayed)
     params = {"query": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}, "embed": {"embedding": jnp.ones(3)}}
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     np.testing.assert_allclose(updates["query"]["kernel"], -0.5 * 0.1)
-    assert not updates["query"]["bias"].any() and not updates["embed"]["embedding"].any()
+    for others in (updates["query"]["bias"], updates["embed"]["embedding"]):
+        np.testing.assert_allclose(others, -0.5 * 0.1 if decayed == "all" else 0)
 
 
 def test_an_update_is_adamw_of_the_clipped_gradient() -> None:
