@@ -25,7 +25,7 @@ class GatedLinearAttentionOptions(RecurrentAttentionOptions):
     """Tokens in which the channels of a new layer forget half of their state, where x says nothing: in each head from 1
     to this many, evenly in logarithms. None: `gate_logit_normalizer` tokens in all, as in the paper."""
     half_life_skew: float = 1.0
-    """Above 1 fewer channels forget fast: that a share u of the way has a half-life of longest ** (u ** (1 / this))."""
+    """Above 1 fewer channels forget fast: channel i of K forgets half in longest ** ((i / (K - 1)) ** (1 / this))."""
     gate_low_rank_dim: int = 16
     """Rank of the map from x to the forget gate's logits z."""
     clamp_min: float | None = None

@@ -229,7 +229,7 @@ def backward_quads(
 
         def stream(s):
             """Sum over the value columns; put W, rounded, in shared memory, and return Z of both chunks and s."""
-            decays_s.at[s, 0, 0][...] = prepare_rebuilding(s)  # not in registers, which are few: nor are `place_s`
+            decays_s.at[s, 0, 0][...] = prepare_rebuilding(s)  # in registers it would be spilled, as would `place_s`
             first_row = _M0_ROWS + _M0_MORE * s
 
             def accumulate(of_saved, of_made, m0):
