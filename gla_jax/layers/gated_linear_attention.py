@@ -47,8 +47,8 @@ class GatedLinearAttention(RecurrentAttention):
         self.forget_gate_up = weights(rank, self.num_kv_heads * self.key_size, (None, "heads"), use_bias=True)
         bias = self.forget_gate_up.bias
         if self.options.longest_half_life is not None and bias is not None:
-            share = np.linspace(0, 1, self.key_size) ** (1 / self.options.half_life_skew)
-            half_lives = self.options.longest_half_life**share
+            exponents = np.linspace(0, 1, self.key_size) ** (1 / self.options.half_life_skew)
+            half_lives = self.options.longest_half_life**exponents
             decay = self.options.gate_logit_normalizer * np.log(2) / half_lives  # -log sigmoid(bias)
             bias[...] = jnp.asarray(np.tile(-decay - np.log(-np.expm1(-decay)), self.num_kv_heads), bias.dtype)
 
