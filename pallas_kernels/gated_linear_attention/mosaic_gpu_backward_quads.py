@@ -368,6 +368,7 @@ def backward_quads(
             product = load(q_tile.T) * x
             put(x * jnp.exp2(d + log_scale), q_tile, dq_ref)
             product -= load(k_tile.T) * y
+            # made twice, as there are no registers to keep it in while dk is made
             w = lambda: scaled(load(w_tile.T), jnp.where(c == 0, 1.0, decay_at(s, 1, _FROM_MIDDLE)))
             put((y + w()) * jnp.exp2(-d), at(last, _DK, s, c), dk_ref)
             of_k = lax.optimization_barrier((load(k_tile.T) * w()).astype(BF16))
